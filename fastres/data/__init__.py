@@ -1,0 +1,64 @@
+"""Datasets, the epoch plan, and the two loaders that apply it."""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+
+from fastres.data.datasets import Split
+from fastres.data.plan import EpochPlan
+from fastres.errors import UserError
+
+
+class Loader(Protocol):
+    """Gives the batches of an epoch: float32 images ``[B, 3, 32, 32]`` and int64 labels ``[B]``."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: ...
+
+
+def choose_loader(name: str) -> tuple[str, str]:
+    """``dali`` or ``eager`` for ``auto``, and why; a loader named explicitly is kept.
+
+    Raises UserError where DALI is asked for and does not import.
+    """
+    if name == "eager":
+        return name, "asked for"
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        if name == "auto":
+            return "eager", f"DALI does not import: {error}"
+        raise UserError(f"--loader dali: DALI does not import ({error}); pip install 'fastres[dali]'") from error
+    return "dali", "asked for" if name == "dali" else "DALI imports"
+
+
+def create_loader(
+    name: str,
+    split: Split,
+    plan_of_epoch: Callable[[int], EpochPlan],
+    *,
+    batch_size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    device: torch.device,
+    workers: int = 2,
+    drop_last: bool = False,
+) -> Loader:
+    """The loader called ``name``, ``dali`` or ``eager``. Either applies the same plan, so the batches are the same."""
+    loader: Callable[..., Loader]
+    if name == "dali":
+        from fastres.data.dali import DaliLoader as loader
+    else:
+        from fastres.data.eager import EagerLoader as loader
+    return loader(
+        split,
+        plan_of_epoch,
+        batch_size=batch_size,
+        mean=mean,
+        std=std,
+        device=device,
+        workers=workers,
+        drop_last=drop_last,
+    )

@@ -1,0 +1,115 @@
+"""ResNets (He et al. 2015, arXiv:1512.03385) with the CIFAR stem: 3x3 convolution of stride 1, no max-pool.
+
+Modules bear torchvision's names, so state dicts are interchangeable but for the stem's and the head's shapes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+NormLayer = Callable[..., nn.Module]
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and the shortcut."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: NormLayer) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = norm_layer(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = norm_layer(channels)
+        self.downsample = projection(in_channels, channels, stride, norm_layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.bn1(self.conv1(x))
+        return self.bn2(self.conv2(out), residual=self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution and the shortcut; the stride is the 3x3's, as in torchvision."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: NormLayer) -> None:
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = norm_layer(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = norm_layer(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = norm_layer(out_channels)
+        self.downsample = projection(in_channels, out_channels, stride, norm_layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.bn1(self.conv1(x))
+        out = self.bn2(self.conv2(out))
+        return self.bn3(self.conv3(out), residual=self.downsample(x))
+
+
+def projection(in_channels: int, out_channels: int, stride: int, norm_layer: NormLayer) -> nn.Module:
+    """The shortcut: a 1x1 convolution and norm where the shapes differ, otherwise the identity."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm_layer(out_channels, relu=False)
+    )
+
+
+class ResNet(nn.Module):
+    """Four stages of ``layers`` blocks at 64, 128, 256 and 512 channels; stride 2 at the start of stages 2 to 4."""
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: tuple[int, int, int, int],
+        num_classes: int,
+        norm_layer: NormLayer,
+        zero_gamma: bool = False,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.bn1 = norm_layer(64)
+        in_channels = 64
+        for stage, num_blocks in enumerate(layers):
+            channels = 64 << stage
+            blocks = []
+            for i in range(num_blocks):
+                blocks.append(block(in_channels, channels, 2 if stage > 0 and i == 0 else 1, norm_layer))
+                in_channels = channels * block.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(in_channels, num_classes)
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_gamma and isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+            elif zero_gamma and isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn1(self.conv1(x))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def resnet18(num_classes: int, norm_layer: NormLayer, zero_gamma: bool = False) -> ResNet:
+    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, norm_layer, zero_gamma)
+
+
+def resnet34(num_classes: int, norm_layer: NormLayer, zero_gamma: bool = False) -> ResNet:
+    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, norm_layer, zero_gamma)
+
+
+def resnet50(num_classes: int, norm_layer: NormLayer, zero_gamma: bool = False) -> ResNet:
+    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, norm_layer, zero_gamma)
+
+
+def resnet101(num_classes: int, norm_layer: NormLayer, zero_gamma: bool = False) -> ResNet:
+    return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, norm_layer, zero_gamma)
