@@ -1,0 +1,216 @@
+"""The settings of a run: one dataclass behind the command line, its help, config.json and the Python API."""
+
+import argparse
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+from fastres.data.datasets import DATASETS
+from fastres.data.plan import AUGMENTATIONS
+from fastres.errors import UserError
+from fastres.models import MODELS
+
+
+def flag(group: str, help: str, default: Any, choices: Sequence[str] | None = None) -> Any:
+    """A field that is also a command-line flag of that group."""
+    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a run depends on. ``auto`` and None are chosen by the hardware when the run starts.
+
+    Raises UserError where a value is out of its range.
+    """
+
+    recipe: str = flag(
+        "Recipe",
+        "where the other defaults come from: study-a (VGG-16 and ResNet-50 on mini-CIFAR-10) and study-b (ResNet-18 and "
+        "VGG-19-BN on CIFAR-10) are the published studies' settings; flags override them",
+        "default",
+        ("default", "study-a", "study-b"),
+    )
+    seed: int = flag("Recipe", "seed of weights, order, augmentation and dropout", 0)
+
+    model: str = flag("Model", "architecture", "resnet50", tuple(MODELS))
+    zero_gamma: bool = flag("Model", "start the last norm of each residual block at 0 (resnets)", False)
+    fused: bool = flag("Model", "fused BatchNorm-(add-)ReLU operator instead of torch's modules", True)
+
+    dataset: str = flag(
+        "Data", "auto: mini-cifar10 if it is there or downloads within seconds, otherwise digits", "auto", DATASETS
+    )
+    data_dir: Path = flag(
+        "Data", "where CIFAR is or will be downloaded; for folder: holds train/<class>/ and test/<class>/", Path("data")
+    )
+    classes: tuple[str, ...] = flag("Data", "comma-separated subset of the classes; none: all of them", ())
+    augmentation: str = flag("Data", "augmentation of training images; digits: none", "crop-flip", tuple(AUGMENTATIONS))
+    val_fraction: float = flag("Data", "part of the training set to hold out and select the best epoch on; 0: none", 0.0)
+    loader: str = flag("Data", "auto: dali where it imports", "auto", ("auto", "dali", "eager"))
+    workers: int = flag("Data", "threads (dali) or processes (eager) that prepare batches", 2)
+
+    epochs: int = flag("Optimization", "training epochs; digits: 8", 30)
+    batch_size: int = flag("Optimization", "training images a step; digits: 32", 128)
+    eval_batch_size: int = flag("Optimization", "images a step in evaluation", 250)
+    drop_last: bool = flag("Optimization", "leave out the last, smaller batch of a training epoch", True)
+    lr: float = flag("Optimization", "peak learning rate; digits: 0.05", 0.1)
+    momentum: float = flag("Optimization", "of SGD", 0.9)
+    nesterov: bool = flag("Optimization", "Nesterov momentum", True)
+    weight_decay: float = flag("Optimization", "of all parameters", 5e-4)
+    label_smoothing: float = flag("Optimization", "of the training loss, 0 to 1", 0.0)
+    schedule: str = flag(
+        "Optimization", "learning rate, set at every step", "cosine", ("constant", "multistep", "cosine", "onecycle")
+    )
+    warmup_epochs: float = flag("Optimization", "epochs of linear warm-up; onecycle: 30%% of the run if 0", 1.0)
+    milestones: tuple[int, ...] = flag("Optimization", "multistep: comma-separated epochs that divide it by 10", ())
+
+    device: str = flag("Engine", "auto: cuda where there is one", "auto", ("auto", "cpu", "cuda"))
+    amp: str = flag(
+        "Engine", "mixed precision; auto: bf16 where the hardware has it", "auto", ("auto", "bf16", "fp16", "off")
+    )
+    channels_last: bool = flag("Engine", "channels-last memory format", True)
+    compile: bool | None = flag("Engine", "torch.compile the model; auto: on CUDA, if the run is long enough", None)
+
+    output_dir: Path | None = flag("Output", "folder of the run; auto: runs/MODEL-DATASET-TIME", None)
+
+    def __post_init__(self) -> None:
+        for condition, message in (
+            (self.epochs >= 1, f"--epochs {self.epochs}: must be at least 1"),
+            (self.batch_size >= 1, f"--batch-size {self.batch_size}: must be at least 1"),
+            (self.eval_batch_size >= 1, f"--eval-batch-size {self.eval_batch_size}: must be at least 1"),
+            (self.workers >= 1, f"--workers {self.workers}: must be at least 1"),
+            (self.seed >= 0, f"--seed {self.seed}: must not be negative"),
+            (self.lr > 0, f"--lr {self.lr}: must be positive"),
+            (0 <= self.momentum < 1, f"--momentum {self.momentum}: must be in [0, 1)"),
+            (self.momentum > 0 or not self.nesterov, "--nesterov: needs a --momentum above 0; add --no-nesterov"),
+            (self.weight_decay >= 0, f"--weight-decay {self.weight_decay}: must not be negative"),
+            (0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: must be in [0, 1)"),
+            (0 <= self.val_fraction < 1, f"--val-fraction {self.val_fraction}: must be in [0, 1)"),
+            (
+                0 <= self.warmup_epochs < self.epochs or self.schedule == "constant",
+                f"--warmup-epochs {self.warmup_epochs}: must be less than --epochs {self.epochs}",
+            ),
+            (
+                bool(self.milestones) or self.schedule != "multistep",
+                "--schedule multistep: needs --milestones, for instance --milestones 50,75",
+            ),
+            (
+                list(self.milestones) == sorted(set(self.milestones)),
+                "--milestones: must be increasing epochs, for instance --milestones 50,75",
+            ),
+        ):
+            if not condition:
+                raise UserError(message)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON has them: paths are strings, tuples lists. ``from_json`` reads them back."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        """The settings that ``to_json`` gave. Raises TypeError for a name that is no setting."""
+        restore = {Path: Path, Path | None: Path, tuple[str, ...]: tuple, tuple[int, ...]: tuple}
+        hints = get_type_hints(cls)
+        return cls(
+            **{
+                name: restore[hints[name]](value) if hints.get(name) in restore and value is not None else value
+                for name, value in values.items()
+            }
+        )
+
+
+DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
+    # 1,437 images, and a mirrored 3 is no 3
+    "digits": {"epochs": 8, "batch_size": 32, "lr": 0.05, "augmentation": "none"},
+}
+
+
+def recipe_defaults(recipe: str, model: str) -> dict[str, Any]:
+    """What ``recipe`` sets in place of TrainConfig's defaults; the studies' values as published."""
+    published = {"momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "batch_size": 128, "warmup_epochs": 0.0}
+    if recipe == "study-a":
+        return published | {
+            "dataset": "mini-cifar10",
+            "augmentation": "none",
+            "epochs": 20 if model.startswith("vgg") else 15,
+            "eval_batch_size": 100,
+            "drop_last": False,
+            "lr": 0.01,
+            "schedule": "constant",
+        }
+    if recipe == "study-b":
+        return published | {
+            "dataset": "cifar10",
+            "augmentation": "crop-flip",
+            "epochs": 100,
+            "drop_last": False,
+            "lr": 0.01 if model == "vgg19_4096" else 0.1,
+            "schedule": "multistep",
+            "milestones": (50, 75),
+        }
+    return {}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage, and exits with code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_flags(self, arguments: Sequence[str] | None) -> dict[str, Any]:
+        """The flags that were given, by the names of their fields."""
+        given, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flags = [name for action in self._actions for name in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "--help lists the flags"
+            self.error(f"unknown argument {unknown[0]}; {hint}")
+        return vars(given)
+
+
+def comma_separated_names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def comma_separated_integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+PARSERS: dict[Any, Any] = {
+    str: str,
+    int: int,
+    float: float,
+    Path: Path,
+    Path | None: Path,
+    tuple[str, ...]: comma_separated_names,
+    tuple[int, ...]: comma_separated_integers,
+}
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """Adds a flag for every field of the dataclass ``config``, in the fields' groups.
+
+    A flag that is not given is left out of the namespace, so that what the user said stands apart from defaults, which
+    a recipe or a dataset may replace.
+    """
+    groups: dict[str, Any] = {}
+    hints = get_type_hints(config)
+    for item in fields(config):
+        title = item.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        kind = hints[item.name]
+        options: dict[str, Any] = {"default": argparse.SUPPRESS}
+        if kind in (bool, bool | None):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": PARSERS[kind], "metavar": "X"}
+        if item.metadata["choices"]:
+            options |= {"choices": item.metadata["choices"], "metavar": None}
+        shown = "on" if item.default is True else "off" if item.default is False else item.default
+        shown = {None: "auto", (): "none"}.get(shown, shown)
+        groups[title].add_argument(
+            "--" + item.name.replace("_", "-"), help=f"{item.metadata['help']} (default: {shown})", **options
+        )

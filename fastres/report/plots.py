@@ -1,0 +1,43 @@
+"""Pictures of what a run wrote to its folder."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+SPLITS = {"train": "tab:blue", "val": "tab:green", "test": "tab:orange"}
+
+
+def plot_curves(folder: Path, title: str) -> Path:
+    """Draws loss and accuracy against epoch from ``folder/history.csv`` to ``folder/curves.png``, and returns that."""
+    history = pd.read_csv(folder / "history.csv")
+    figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for split, color in SPLITS.items():
+        if f"{split}_loss" in history:
+            marker = "o" if len(history) < 30 else ""
+            style = {"label": split, "color": color, "marker": marker, "markersize": 3}
+            loss.plot(history["epoch"], history[f"{split}_loss"], **style)
+            accuracy.plot(history["epoch"], history[f"{split}_accuracy"], **style)
+    selection = "val" if "val_accuracy" in history else "test"
+    best = history.loc[history[f"{selection}_accuracy"].idxmax()]
+    accuracy.axvline(best["epoch"], color="0.6", linestyle=":", linewidth=1)
+    accuracy.set_title(
+        f"best on {selection}: epoch {best['epoch']:.0f}, test {best['test_accuracy']:.2f} %", fontsize="medium"
+    )
+    loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
+    accuracy.set(xlabel="epoch", ylabel="accuracy, %")
+    for axes in (loss, accuracy):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    accuracy.legend(frameon=False, loc="lower right")
+    figure.suptitle(title)
+    path = folder / "curves.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path

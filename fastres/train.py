@@ -1,0 +1,133 @@
+"""python -m fastres.train: trains a model, or evaluates a run's best weights again."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, recipe_defaults
+from fastres.data.datasets import load_dataset
+from fastres.errors import UserError
+from fastres.report.plots import plot_curves
+from fastres.report.tables import summary_table
+from fastres.training.checkpoint import read_checkpoint
+from fastres.training.run import Row, Run, resolve
+
+# what may differ between a checkpoint and the run that goes on from it
+RESUMABLE = {"data_dir", "device", "loader", "workers", "compile", "epochs"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 2 for bad input, 130 for an interrupt."""
+    parser = Parser("python -m fastres.train", description=__doc__)
+    add_flags(parser, TrainConfig)
+    actions = parser.add_argument_group("Instead of a new run").add_mutually_exclusive_group()
+    actions.add_argument("--resume", type=Path, metavar="PATH", help="go on with the run of this folder or last.pt")
+    actions.add_argument("--eval", type=Path, metavar="RUN", help="test the best weights of this run's folder again")
+    given = parser.parse_flags(arguments)
+    resume, evaluate = given.pop("resume"), given.pop("eval")
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        if evaluate:
+            evaluate_run(evaluate, given, console)
+        else:
+            train(given, resume, console)
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; --resume goes on from the last finished epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(given: dict[str, Any], resume: Path | None, console: Console) -> dict[str, Any]:
+    """Trains with the flags ``given`` over the recipe's and the dataset's defaults, or over those of the run that
+    ``resume`` names, and returns the summary."""
+    checkpoint = read_checkpoint(resume) if resume else None
+    if checkpoint:
+        assert resume is not None
+        settings = resumed_settings(checkpoint["config"], given, resume)
+    else:
+        recipe = given.get("recipe", TrainConfig.recipe)
+        settings = recipe_defaults(recipe, given.get("model", TrainConfig.model)) | given
+    requested = TrainConfig(**settings)  # checks the values before a dataset is read
+    dataset, line = load_dataset(requested.dataset, requested.data_dir, requested.classes)
+    console.print(f"dataset: {line}")
+    requested = TrainConfig(**{**DATASET_DEFAULTS.get(dataset.name, {}), **settings, "dataset": dataset.name})
+    config, line = resolve(requested, dataset)
+    console.print(line)
+
+    run = Run(config, dataset, checkpoint)
+    with progress_bar(console, len(run.train_loader)) as progress:
+
+        def on_epoch(row: Row) -> None:
+            progress.console.print(epoch_line(row, config.epochs))
+            progress.reset(task, description=f"epoch {row['epoch'] + 1}", visible=row["epoch"] < config.epochs)
+
+        task = progress.add_task(f"epoch {len(run.history) + 1}", total=len(run.train_loader))
+        summary = run.fit(lambda: progress.advance(task), on_epoch)
+    picture = plot_curves(run.folder, f"{summary['model']} on {summary['dataset']}")
+    console.print(summary_table(summary))
+    console.print(f"run:     {run.folder}\npicture: {picture}")
+    return summary
+
+
+def resumed_settings(saved: dict[str, Any], given: dict[str, Any], resume: Path) -> dict[str, Any]:
+    """The settings of a checkpoint, with those ``given`` that may change in the middle of a run."""
+    config = TrainConfig.from_json(saved)
+    for name, value in given.items():
+        if name not in RESUMABLE and value != getattr(config, name):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {value}: {resume} is a run with {getattr(config, name)}; leave the flag off")
+    folder = resume if resume.is_dir() else resume.parent
+    return {**vars(config), **given, "output_dir": folder}
+
+
+def evaluate_run(folder: Path, given: dict[str, Any], console: Console) -> None:
+    """Prints the test loss and accuracy of the best weights in ``folder`` beside those that the run recorded."""
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--eval {folder}: not the folder of a finished run ({error})") from error
+    config = TrainConfig(**{**vars(TrainConfig.from_json(saved)), **given})
+    dataset, line = load_dataset(config.dataset, config.data_dir, config.classes)
+    console.print(f"dataset: {line}")
+    config, line = resolve(config, dataset)
+    console.print(line)
+    evaluation = Run(config, dataset).evaluate_best()
+    console.print(f"test loss     {evaluation.loss:.6f}   recorded {summary['test_loss']:.6f}")
+    console.print(f"test accuracy {evaluation.accuracy:.2f} %   recorded {summary['best_accuracy']:.2f} %")
+
+
+def progress_bar(console: Console, steps: int) -> Progress:
+    """Live on a terminal; silent elsewhere, where the line of each epoch is enough."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def epoch_line(row: Row, epochs: int) -> str:
+    validation = f"val {row['val_accuracy']:6.2f} %  " if "val_accuracy" in row else ""
+    return (
+        f"epoch {row['epoch']:3d}/{epochs}  loss {row['train_loss']:.4f}  train {row['train_accuracy']:6.2f} %  "
+        f"{validation}test {row['test_accuracy']:6.2f} %  {row['epoch_seconds']:7.2f} s  "
+        f"{row['images_per_second']:8,.0f} images/s  wait {100 * row['data_wait_seconds'] / row['epoch_seconds']:.1f} %"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What a run writes so that it can go on or be used: last.pt and best.safetensors. Opening either runs no code."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastres.errors import UserError
+from fastres.training.trainer import Trainer
+
+FORMAT = "fastres checkpoint 1"
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls ``write`` with a temporary path and moves the file to ``path`` once it is on the disk: a crash leaves the
+    file that was there before."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def save_weights(model: torch.nn.Module, path: Path) -> None:
+    """The state dict as safetensors, contiguous."""
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path, lambda temporary: save_file(state, temporary))
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Raises UserError where ``path`` is missing, no safetensors file, or of another model."""
+    try:
+        model.load_state_dict(load_file(path))
+    except Exception as error:  # safetensors and torch raise OSError, SafetensorError, RuntimeError, ...
+        raise UserError(f"{path}: does not hold weights of this model ({_first_line(error)})") from error
+
+
+def save_checkpoint(path: Path, trainer: Trainer, history: list[dict[str, Any]], num_classes: int) -> None:
+    """Everything that the next epoch depends on."""
+    cuda = trainer.device.type == "cuda"
+    state = {
+        "format": FORMAT,
+        "config": trainer.config.to_json(),
+        "num_classes": num_classes,
+        "history": history,
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.scheduler.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(trainer.device) if cuda else None,
+    }
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What ``save_checkpoint`` wrote at ``path``, or in the folder ``path``. Raises UserError if it is anything else."""
+    if path.is_dir():
+        path = path / "last.pt"
+    if not path.is_file():
+        raise UserError(f"--resume {path}: no such file; give a run's folder or its last.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] == FORMAT:
+            return state
+    except Exception:  # torch.load raises whatever zipfile and its unpickler raise
+        pass
+    raise UserError(f"--resume {path}: not a checkpoint of fastres, or damaged; give a run's folder or its last.pt")
+
+
+def restore(state: dict[str, Any], trainer: Trainer) -> None:
+    """Brings ``trainer`` to where ``state`` was saved."""
+    trainer.model.load_state_dict(state["model"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.scheduler.load_state_dict(state["scheduler"])
+    trainer.scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["rng"])
+    if trainer.device.type == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], trainer.device)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,44 @@
+"""What ``auto`` stands for on this machine. Every choice comes with its reason, for the line that a run prints."""
+
+import torch
+
+from fastres.errors import UserError
+
+COMPILE_STEPS = 2000  # a run shorter than this may not win back the minute that compiling takes
+
+
+def choose_device(name: str) -> tuple[torch.device, str]:
+    """Raises UserError for ``cuda`` without a usable GPU."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("--device cuda: torch sees no CUDA device; take --device cpu, or check nvidia-smi and the driver")
+    if name == "cuda" or (name == "auto" and available):
+        return torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
+    return torch.device("cpu"), "asked for" if name == "cpu" else "no CUDA device"
+
+
+def choose_amp(name: str, device: torch.device) -> tuple[str, str]:
+    """``bf16``, ``fp16`` or ``off``. Raises UserError for fp16 on a CPU, which torch would run more slowly."""
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16: needs a GPU; take --amp bf16 or --amp off")
+    if name != "auto":
+        return name, "asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "the GPU has it"
+        return "fp16", "the GPU has no bf16"
+    if torch.cpu._is_amx_tile_supported():
+        return "bf16", "the CPU has AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "bf16", "the CPU has AVX512-BF16"
+    return "off", "the CPU has neither AMX nor AVX512-BF16"
+
+
+def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> tuple[bool, str]:
+    """Whether to compile a run of ``steps`` training steps."""
+    if wanted is not None:
+        return wanted, "asked for"
+    if device.type == "cpu":
+        return False, "CPU"
+    long_enough = steps >= COMPILE_STEPS
+    return long_enough, f"{steps:,} steps, pays from about {COMPILE_STEPS:,}"

@@ -1,0 +1,250 @@
+"""A whole run: dataset and settings in, a folder of results out."""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+import fastres
+from fastres.config import TrainConfig
+from fastres.data import Loader, choose_loader, create_loader
+from fastres.data.datasets import Dataset, Split
+from fastres.data.plan import evaluation_plan, training_plan
+from fastres.errors import UserError
+from fastres.models import create_model
+from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights, write_atomically
+from fastres.training.hardware import choose_amp, choose_compile, choose_device
+from fastres.training.trainer import Evaluation, Trainer
+
+Row = dict[str, Any]
+
+
+def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
+    """``config`` with every ``auto`` replaced by what this machine and dataset call for, and a line that says why.
+
+    Raises UserError for what the machine or the dataset cannot do.
+    """
+    images = len(dataset.train) - round(len(dataset.train) * config.val_fraction)
+    if config.batch_size > images:
+        raise UserError(f"--batch-size {config.batch_size}: larger than the training set of {images} images")
+    steps = config.epochs * steps_per_epoch(config, images)
+    device, device_why = choose_device(config.device)
+    amp, amp_why = choose_amp(config.amp, device)
+    compiled, compile_why = choose_compile(config.compile, device, steps)
+    loader, loader_why = choose_loader(config.loader)
+    output_dir = config.output_dir or Path("runs") / f"{config.model}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    chosen = replace(config, device=device.type, amp=amp, compile=compiled, loader=loader, output_dir=output_dir)
+    line = (
+        f"device {device.type} ({device_why}), amp {amp} ({amp_why}), compile {'on' if compiled else 'off'} "
+        f"({compile_why}), loader {loader} ({loader_why})"
+    )
+    return chosen, line
+
+
+def steps_per_epoch(config: TrainConfig, images: int) -> int:
+    return images // config.batch_size if config.drop_last else -(-images // config.batch_size)
+
+
+class Run:
+    """A run of ``config``, as ``resolve`` gave it, on ``dataset``; nothing is written before ``fit``.
+
+    ``checkpoint`` is what ``read_checkpoint`` gave, for a run that goes on.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, checkpoint: dict[str, Any] | None = None) -> None:
+        assert config.output_dir is not None
+        self.config, self.folder = config, config.output_dir
+        validation: Split | None = None
+        if config.val_fraction:
+            dataset, validation = dataset.hold_out(config.val_fraction, config.seed)
+        self.dataset = dataset
+        device = torch.device(config.device)
+        self.train_loader = self._loader(
+            dataset.train,
+            device,
+            partial(training_plan, config.seed, num_images=len(dataset.train), augmentation=config.augmentation),
+            config.batch_size,
+            config.drop_last,
+        )
+        self.test_loader = self._evaluation_loader(dataset.test, device)
+        self.validation_loader = self._evaluation_loader(validation, device) if validation else None
+
+        torch.manual_seed(config.seed)
+        model = create_model(config.model, len(dataset.classes), config.zero_gamma, config.fused)
+        self.trainer = Trainer(model, config, device, len(dataset.classes), len(self.train_loader))
+        self.history: list[Row] = []
+        if checkpoint is not None:
+            restore(checkpoint, self.trainer)
+            self.history = checkpoint["history"]
+
+    def fit(
+        self, on_step: Callable[[], None] = lambda: None, on_epoch: Callable[[Row], None] = lambda row: None
+    ) -> dict[str, Any]:
+        """Trains to the last epoch, writing to the run's folder after each, and returns the summary.
+
+        Raises UserError where the folder already holds another run.
+        """
+        if not self.history and (self.folder / "config.json").exists():
+            raise UserError(
+                f"--output-dir {self.folder}: already holds a run; choose another folder, or --resume {self.folder}"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "config.json", self.config.to_json())
+        with SummaryWriter(str(self.folder), purge_step=len(self.history)) as tensorboard:
+            for epoch in range(len(self.history), self.config.epochs):
+                row = self._epoch(epoch, on_step)
+                for name, value in row.items():
+                    if name != "epoch" and value is not None:
+                        tensorboard.add_scalar(name, value, epoch + 1)
+                on_epoch(row)
+        summary = self._summary()
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+    def _epoch(self, epoch: int, on_step: Callable[[], None]) -> Row:
+        trained = self.trainer.train_epoch(self.train_loader, epoch, on_step)
+        test = self.trainer.evaluate(self.test_loader, epoch)
+        row: Row = {
+            "epoch": epoch + 1,
+            "lr": trained.lr,
+            "train_loss": trained.loss,
+            "train_accuracy": trained.accuracy,
+            "test_loss": test.loss,
+            "test_accuracy": test.accuracy,
+            "epoch_seconds": trained.seconds,
+            "images_per_second": trained.images / trained.seconds,
+            "data_wait_seconds": trained.data_wait_seconds,
+        }
+        if self.validation_loader:
+            validation = self.trainer.evaluate(self.validation_loader, epoch)
+            row |= {"val_loss": validation.loss, "val_accuracy": validation.accuracy}
+        self.history.append(row)
+        if best_row(self.history) is row:
+            save_weights(self.trainer.model, self.folder / "best.safetensors")
+        frame = pd.DataFrame(self.history)
+        write_atomically(self.folder / "history.csv", partial(frame.to_csv, index=False))
+        write_atomically(self.folder / "history.pkl", frame.to_pickle)
+        save_checkpoint(self.folder / "last.pt", self.trainer, self.history, len(self.dataset.classes))
+        return row
+
+    def evaluate_best(self) -> Evaluation:
+        """The test split through the best epoch's weights, reloaded from their file."""
+        load_weights(self.trainer.model, self.folder / "best.safetensors")
+        return self.trainer.evaluate(self.test_loader, self.config.epochs)
+
+    def _summary(self) -> dict[str, Any]:
+        config, best, last = self.config, best_row(self.history), self.history[-1]
+        waited = sum(row["data_wait_seconds"] for row in self.history)
+        peak_memory = peak_memory_mb(self.trainer.device)
+        evaluation = self.evaluate_best()
+        return {
+            "model": config.model,
+            "dataset": self.dataset.name,
+            "num_classes": len(self.dataset.classes),
+            "train_images": len(self.dataset.train),
+            "test_images": len(self.dataset.test),
+            "params_millions": sum(parameter.numel() for parameter in self.trainer.model.parameters()) / 1e6,
+            "epochs": len(self.history),
+            "best_selected_on": "validation" if self.validation_loader else "test",
+            "best_accuracy": evaluation.accuracy,
+            "best_epoch": best["epoch"],
+            "test_loss": evaluation.loss,
+            "last_accuracy": last["test_accuracy"],
+            "last_test_loss": last["test_loss"],
+            "per_class_accuracy": dict(zip(self.dataset.classes, evaluation.per_class_accuracy, strict=True)),
+            "confusion_matrix": evaluation.confusion,
+            "epoch_seconds": median(row["epoch_seconds"] for row in self.history),
+            "images_per_second": median(row["images_per_second"] for row in self.history),
+            "data_wait_fraction": waited / sum(row["epoch_seconds"] for row in self.history),
+            "train_seconds": sum(row["epoch_seconds"] for row in self.history),
+            "peak_memory_mb": peak_memory,
+            "device": device_name(self.trainer.device),
+            "loader": config.loader,
+            "amp": config.amp,
+            "channels_last": config.channels_last,
+            "compile": config.compile,
+            "fused": config.fused,
+            "seed": config.seed,
+            "versions": versions(),
+            "commit": commit(),
+        }
+
+    def _loader(
+        self, split: Split, device: torch.device, plan_of_epoch: Callable[..., Any], batch_size: int, drop_last: bool
+    ) -> Loader:
+        return create_loader(
+            self.config.loader,
+            split,
+            plan_of_epoch,
+            batch_size=batch_size,
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+            device=device,
+            workers=self.config.workers,
+            drop_last=drop_last,
+        )
+
+    def _evaluation_loader(self, split: Split, device: torch.device) -> Loader:
+        plan = evaluation_plan(len(split))
+        return self._loader(split, device, lambda epoch: plan, self.config.eval_batch_size, drop_last=False)
+
+
+def best_row(history: list[Row]) -> Row:
+    """The epoch of the highest validation accuracy, or test accuracy where nothing was held out; the first of equals."""
+    return max(history, key=lambda row: row.get("val_accuracy", row["test_accuracy"]))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Of the device's allocator on CUDA; of the process's resident memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.machine())}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "fastres": fastres.__version__}
+    for package in ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit that this package's code is at, ``-dirty`` if it was changed since; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
