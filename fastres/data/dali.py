@@ -81,7 +81,9 @@ class DaliLoader:
         )
         with pipeline:
             sources = fn.external_source(
-                source=self._source(first_epoch, plan, list(columns)),
+                source=_PlannedBatches(
+                    self.split, self.plan_of_epoch, first_epoch, self.num_batches, self.batch_size, list(columns)
+                ),
                 num_outputs=len(columns),
                 batch=True,
                 dtype=list(dtypes),
@@ -126,25 +128,38 @@ class DaliLoader:
         pipeline.build()
         return pipeline
 
-    def _source(
-        self, first_epoch: int, plan: EpochPlan, columns: list[str]
-    ) -> Callable[[int], tuple[np.ndarray, ...]]:
-        """What DALI calls with the number of the batch since the pipeline was built."""
-        current = first_epoch
 
-        def source(iteration: int) -> tuple[np.ndarray, ...]:
-            nonlocal current, plan
-            ahead, batch = divmod(iteration, self.num_batches)
-            if first_epoch + ahead != current:
-                current = first_epoch + ahead
-                plan = self.plan_of_epoch(current)
-            rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            drawn = self.split.take(plan.order[rows])
-            images = _pad(drawn.images) if isinstance(drawn.images, list) else drawn.images
-            values = {"images": images, "labels": drawn.labels}
-            return tuple(values[name] if name in values else getattr(plan, name)[rows] for name in columns)
+class _PlannedBatches:
+    """What DALI calls with the number of the batch since the pipeline was built; gives the batch's ``columns``.
 
-        return source
+    It must not refer to the loader: in a cycle of references the pipeline would outlive the loader, until the garbage
+    collector finds it, perhaps in a forked process where its threads do not exist.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        plan_of_epoch: Callable[[int], EpochPlan],
+        first_epoch: int,
+        num_batches: int,
+        batch_size: int,
+        columns: list[str],
+    ) -> None:
+        self.split, self.plan_of_epoch = split, plan_of_epoch
+        self.epoch, self.plan = first_epoch, plan_of_epoch(first_epoch)
+        self.first_epoch, self.num_batches, self.batch_size = first_epoch, num_batches, batch_size
+        self.columns = columns
+
+    def __call__(self, iteration: int) -> tuple[np.ndarray, ...]:
+        ahead, batch = divmod(iteration, self.num_batches)
+        if self.first_epoch + ahead != self.epoch:
+            self.epoch = self.first_epoch + ahead
+            self.plan = self.plan_of_epoch(self.epoch)
+        rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+        drawn = self.split.take(self.plan.order[rows])
+        images = _pad(drawn.images) if isinstance(drawn.images, list) else drawn.images
+        values = {"images": images, "labels": drawn.labels}
+        return tuple(values[name] if name in values else getattr(self.plan, name)[rows] for name in self.columns)
 
 
 def _pad(files: list[np.ndarray]) -> np.ndarray:

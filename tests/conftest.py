@@ -1,0 +1,83 @@
+"""Fixtures that many tests share: tiny images, as arrays and as files, and the command line in this process."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastres import train
+from fastres.data.datasets import Dataset, Split, folder
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def arrays(rng: np.random.Generator) -> Dataset:
+    """60 training and 20 test images of noise in two classes that differ in brightness."""
+
+    def split(images: int) -> Split:
+        labels = np.arange(images) % 2
+        pixels = rng.integers(0, 128, (images, 32, 32, 3)) + 100 * labels[:, None, None, None]
+        return Split(pixels.astype(np.uint8), labels)
+
+    return Dataset("arrays", ("dark", "bright"), split(60), split(20))
+
+
+def write_folder(root: Path, dataset: Dataset, suffix: str = ".jpg", size: int = 32) -> Path:
+    """``dataset`` as an image folder."""
+    for part, split in (("train", dataset.train), ("test", dataset.test)):
+        for i, (pixels, label) in enumerate(zip(split.images, split.labels, strict=True)):
+            path = root / part / dataset.classes[label] / f"{i:04d}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).resize((size, size)).save(path)
+    return root
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path, arrays: Dataset) -> Path:
+    return write_folder(tmp_path / "images", arrays)
+
+
+@pytest.fixture
+def cifar10_jpeg() -> Dataset:
+    """Airplane, automobile and bird of the real CIFAR-10 as JPEG files, where there is a folder of it."""
+    root = os.environ.get("FASTRES_CIFAR10_JPEG")
+    if not root:
+        pytest.skip("FASTRES_CIFAR10_JPEG is not set")
+    return folder(Path(root), ("airplane", "automobile", "bird"))
+
+
+class CommandLine:
+    """Calls an entry point with flags and keeps what it printed."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self.capfd = capfd
+
+    def __call__(self, *arguments: object) -> int:
+        self.capfd.readouterr()
+        try:
+            code = train.main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        self.out, self.err = self.capfd.readouterr()
+        return code
+
+
+@pytest.fixture
+def command_line(capfd: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(capfd)

@@ -1,0 +1,149 @@
+import io
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastres.data.datasets import MINI_CIFAR10_CLASSES, digits, folder, load_dataset
+from fastres.errors import UserError
+from tests.conftest import write_folder
+
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def fake_cifar10(root, monkeypatch, per_batch=50):
+    """Files of CIFAR-10's format under ``root`` with random images, and torchvision's checksums set to theirs."""
+    import hashlib
+
+    from torchvision.datasets import CIFAR10
+
+    rng = np.random.default_rng(0)
+    base = root / CIFAR10.base_folder
+    base.mkdir(parents=True)
+
+    def write(name, content):
+        data = pickle.dumps(content)
+        (base / name).write_bytes(data)
+        return [name, hashlib.md5(data).hexdigest()]
+
+    def batch(name):
+        labels = [i % 10 for i in range(per_batch)]
+        pixels = rng.integers(0, 256, (per_batch, 3072), dtype=np.uint8)
+        return write(name, {"data": pixels, "labels": labels})
+
+    monkeypatch.setattr(CIFAR10, "train_list", [batch(name) for name, _ in CIFAR10.train_list])
+    monkeypatch.setattr(CIFAR10, "test_list", [batch(name) for name, _ in CIFAR10.test_list])
+    meta = write("batches.meta", {"label_names": CIFAR10_CLASSES})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # nothing listens there
+    return root
+
+
+def test_digits_is_a_fixed_stratified_split():
+    dataset = digits()
+    assert dataset.train.images.shape == (1437, 32, 32, 3)
+    assert dataset.test.images.shape == (360, 32, 32, 3)
+    assert dataset.train.images.dtype == np.uint8
+    for split in (dataset.train, dataset.test):
+        counts = np.bincount(split.labels)
+        assert counts.max() - counts.min() <= 8  # the classes differ that much themselves
+        assert split.images.std() > 50
+    np.testing.assert_array_equal(dataset.train.images, digits().train.images)
+
+
+def test_cifar10_and_its_classes(tmp_path, monkeypatch):
+    root = fake_cifar10(tmp_path, monkeypatch)
+    whole, _ = load_dataset("cifar10", root)
+    assert whole.classes == tuple(CIFAR10_CLASSES)
+    assert whole.train.images.shape == (250, 32, 32, 3)
+    mini, _ = load_dataset("mini-cifar10", root)
+    assert mini.classes == MINI_CIFAR10_CLASSES
+    assert len(mini.train) == 75
+    np.testing.assert_array_equal(mini.train.images, whole.train.images[whole.train.labels < 3])
+    swapped, _ = load_dataset("cifar10", root, ("truck", "airplane"))
+    np.testing.assert_array_equal(swapped.test.images[swapped.test.labels == 0], whole.test.images[whole.test.labels == 9])
+    np.testing.assert_array_equal(swapped.test.images[swapped.test.labels == 1], whole.test.images[whole.test.labels == 0])
+
+
+def test_auto_takes_mini_cifar10_where_it_lies(tmp_path, monkeypatch):
+    dataset, line = load_dataset("auto", fake_cifar10(tmp_path, monkeypatch))
+    assert dataset.name == "mini-cifar10"
+    assert "found under" in line
+
+
+def test_auto_says_why_it_takes_digits(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastres.data.datasets.DOWNLOAD_SECONDS", 0.01)
+    dataset, line = load_dataset("auto", tmp_path)
+    assert dataset.name == "digits"
+    assert "download did not finish" in line
+
+
+def test_wrong_checksum(tmp_path, monkeypatch):
+    root = fake_cifar10(tmp_path, monkeypatch)
+    batch = root / "cifar-10-batches-py" / "data_batch_3"
+    batch.write_bytes(batch.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"--dataset cifar10: .*cifar-10-python.tar.gz.*missing or damaged"):
+        load_dataset("cifar10", root)
+
+
+def test_wrong_checksum_of_the_archive(tmp_path, monkeypatch):
+    fake_cifar10(tmp_path / "elsewhere", monkeypatch)
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(UserError, match="missing or damaged"):
+        load_dataset("cifar10", tmp_path)
+
+
+def test_folder(tmp_path, arrays):
+    dataset = folder(write_folder(tmp_path, arrays, ".png"))
+    assert dataset.classes == ("bright", "dark")
+    assert dataset.train.encoded
+    assert not dataset.train.resize
+    assert np.bincount(dataset.train.labels).tolist() == [30, 30]
+    first = np.asarray(Image.open(io.BytesIO(dataset.test.images[0])))
+    np.testing.assert_array_equal(first, arrays.test.images[1])
+
+
+def test_folder_takes_a_subset_in_its_order(image_folder):
+    assert folder(image_folder, ("dark",)).classes == ("dark",)
+    assert folder(image_folder, ("dark", "bright")).test.labels.tolist() == [0] * 10 + [1] * 10
+
+
+def break_file(root):
+    path = root / "train/dark/0000.jpg"
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: (root / "train").rename(root / "training"), "no folder train/"),
+        (lambda root: [path.unlink() for path in (root / "test/dark").iterdir()], "test/dark: holds no .jpg or .png"),
+        (lambda root: (root / "train/third").mkdir(), "same classes; only one has third"),
+        (break_file, "train/dark/0000.jpg: not a readable"),
+        (lambda root: (root / "train/dark/0002.jpg").write_text("hello"), "train/dark/0002.jpg: not a readable"),
+        (lambda root: (root / "train/dark/0002.jpg").write_bytes(b""), "train/dark/0002.jpg: not a readable"),
+    ],
+)
+def test_folder_names_what_is_wrong(damage, message, image_folder):
+    damage(image_folder)
+    with pytest.raises(UserError, match=message) as error:
+        folder(image_folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["digits", "folder"])
+def test_unknown_classes(name, image_folder):
+    with pytest.raises(UserError, match="--classes.*has no cow.*it has"):
+        load_dataset(name, image_folder, ("cow",))
+
+
+def test_hold_out_splits_the_training_set(arrays):
+    kept, held = arrays.hold_out(0.2, seed=1)
+    assert (len(kept.train), len(held)) == (48, 12)
+    together = np.concatenate([kept.train.images, held.images]).reshape(60, -1)
+    assert len(np.unique(together, axis=0)) == 60
+    with pytest.raises(UserError, match="--val-fraction"):
+        arrays.hold_out(0.001, seed=1)

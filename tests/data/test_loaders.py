@@ -1,0 +1,138 @@
+"""Both loaders apply one plan: their batches are compared with a NumPy reference and with each other."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from fastres.data import choose_loader, create_loader
+from fastres.data.datasets import Dataset, Split, folder
+from fastres.data.plan import AUGMENTATIONS, EpochPlan, evaluation_plan, training_plan
+from fastres.errors import UserError
+from tests.conftest import write_folder
+
+LOADERS = ("dali", "eager")
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+def make_loader(name, split, plan_of_epoch, dataset, batch_size=16, device="cpu", **options):
+    return create_loader(
+        name,
+        split,
+        plan_of_epoch,
+        batch_size=batch_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=torch.device(device),
+        **options,
+    )
+
+
+def epoch_of(loader, epoch=0):
+    batches = list(loader.epoch(epoch))  # kept, so that a buffer that is used again would be seen
+    assert len(batches) == len(loader)
+    return torch.cat([images.cpu() for images, _ in batches]), torch.cat([labels.cpu() for _, labels in batches])
+
+
+def reference(dataset: Dataset, split: Split, plan: EpochPlan) -> np.ndarray:
+    """The definition, in float64."""
+    out = []
+    for i, index in enumerate(plan.order):
+        image = split.images[index]
+        if plan.crop is not None:
+            top, left = plan.crop[i] + 4
+            image = np.pad(image, ((4, 4), (4, 4), (0, 0)))[top : top + 32, left : left + 32]
+        if plan.flip is not None and plan.flip[i]:
+            image = image[:, ::-1]
+        image = (image / 255.0 - dataset.mean) / dataset.std
+        if plan.cutout is not None:
+            rows, columns = (np.abs(np.arange(32) - centre + 0.5) < 8 for centre in plan.cutout[i])
+            image[np.ix_(rows, columns)] = 0
+        out.append(image.transpose(2, 0, 1))
+    return np.stack(out)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("name", LOADERS)
+def test_batches_are_what_the_plan_says(name, augmentation, device, arrays):
+    split = Split(arrays.train.images, np.arange(60))
+    plan_of_epoch = partial(training_plan, 5, num_images=60, augmentation=augmentation)
+    loader = make_loader(name, split, plan_of_epoch, arrays, device=device)
+    for epoch in (0, 1):
+        plan = plan_of_epoch(epoch)
+        images, labels = epoch_of(loader, epoch)
+        np.testing.assert_array_equal(labels, plan.order)
+        np.testing.assert_allclose(images, reference(arrays, split, plan), atol=2e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_loaders_agree_on_files(suffix, augmentation, device, arrays, tmp_path):
+    dataset = folder(write_folder(tmp_path, arrays, suffix))
+    plan_of_epoch = partial(training_plan, 1, num_images=60, augmentation=augmentation)
+    dali, eager = (epoch_of(make_loader(name, dataset.train, plan_of_epoch, dataset, device=device)) for name in LOADERS)
+    # JPEG decoders may differ by 3 of 255 levels; PNG is exact
+    levels = (dali[0] - eager[0]).abs() * torch.tensor(dataset.std).view(3, 1, 1) * 255
+    assert levels.max() <= (3 if suffix == ".jpg" else 1e-3)
+    torch.testing.assert_close(dali[1], eager[1])
+
+
+def test_loaders_agree_on_real_photographs(cifar10_jpeg):
+    plan_of_epoch = partial(training_plan, 1, num_images=len(cifar10_jpeg.train), augmentation="crop-flip-cutout")
+    dali, eager = (
+        epoch_of(make_loader(name, cifar10_jpeg.train, plan_of_epoch, cifar10_jpeg, 128)) for name in LOADERS
+    )
+    levels = (dali[0] - eager[0]).abs() * torch.tensor(cifar10_jpeg.std).view(3, 1, 1) * 255
+    assert levels.max() <= 3
+    torch.testing.assert_close(dali[1], eager[1])
+
+
+@pytest.mark.parametrize("size", [48, 20])
+def test_images_of_another_size_are_resized_alike(size, arrays, tmp_path):
+    dataset = folder(write_folder(tmp_path, arrays, ".png", size))
+    assert dataset.train.resize
+    plan_of_epoch = partial(training_plan, 0, num_images=60, augmentation="crop-flip")
+    dali, eager = (epoch_of(make_loader(name, dataset.train, plan_of_epoch, dataset))[0] for name in LOADERS)
+    levels = (dali - eager).abs() * torch.tensor(dataset.std).view(3, 1, 1) * 255
+    # noise is the hardest case; the two antialiasing filters differ in their support
+    assert levels.mean() < 0.5
+    assert levels.max() <= 10
+
+
+@pytest.mark.parametrize(("drop_last", "sizes"), [(False, [25, 25, 10]), (True, [25, 25])])
+@pytest.mark.parametrize("name", LOADERS)
+def test_last_batch(name, drop_last, sizes, arrays):
+    loader = make_loader(name, arrays.train, lambda epoch: evaluation_plan(60), arrays, 25, drop_last=drop_last)
+    for epoch in (0, 1):
+        assert [len(labels) for _, labels in loader.epoch(epoch)] == sizes
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_epochs_out_of_sequence_and_half_read(name, arrays):
+    plan_of_epoch = partial(training_plan, 0, num_images=60, augmentation="crop-flip")
+    loader = make_loader(name, arrays.train, plan_of_epoch, arrays)
+    in_sequence = [epoch_of(loader, epoch)[0] for epoch in (0, 1, 2)]
+    fresh = make_loader(name, arrays.train, plan_of_epoch, arrays)
+    torch.testing.assert_close(epoch_of(fresh, 2)[0], in_sequence[2])
+    next(iter(fresh.epoch(0)))
+    torch.testing.assert_close(epoch_of(fresh, 1)[0], in_sequence[1])
+    torch.testing.assert_close(epoch_of(fresh, 1)[0], in_sequence[1])
+
+
+def test_dali_gives_channels_last(arrays):
+    loader = make_loader("dali", arrays.train, lambda epoch: evaluation_plan(60), arrays)
+    images, labels = next(iter(loader.epoch(0)))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+
+
+def test_without_dali_the_choice_is_said(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", None)
+    name, why = choose_loader("auto")
+    assert name == "eager"
+    assert "DALI does not import" in why
+    with pytest.raises(UserError, match="--loader dali.*pip install"):
+        choose_loader("dali")
