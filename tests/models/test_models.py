@@ -1,0 +1,122 @@
+"""Against torchvision's modules with copied weights, and against the published parameter counts."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from fastres.errors import UserError
+from fastres.models import create_model, list_models
+from fastres.models.resnet import BasicBlock, Bottleneck
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("resnet18", 11.173962), ("resnet50", 23.520842), ("vgg19_bn_4096", 38.958922)],
+)
+def test_parameter_counts_are_the_published_ones(name, millions):
+    assert parameters(create_model(name, 10)) == round(millions * 1e6)
+
+
+def torchvision_resnet(name):
+    model = getattr(torchvision.models, name)(num_classes=7)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def torchvision_vgg(name):
+    model = getattr(torchvision.models, name)(num_classes=7, init_weights=False)
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    return model
+
+
+def with_other_statistics(model):
+    """Norms whose parameters and buffers differ from channel to channel."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.0)
+    return model
+
+
+def assert_same_function(ours, theirs):
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    for mode in (False, True):
+        torch.testing.assert_close(ours.double().train(mode)(images), theirs.double().train(mode)(images))
+    ours, theirs = dict(ours.named_buffers()), dict(theirs.named_buffers())  # the running statistics moved alike
+    for name, buffer in ours.items():
+        torch.testing.assert_close(buffer, theirs[name])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_resnets_are_torchvisions(name, fused):
+    theirs = with_other_statistics(torchvision_resnet(name))
+    ours = create_model(name, 7, fused=fused)
+    ours.load_state_dict(theirs.state_dict())
+    assert_same_function(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet101"])
+def test_deeper_resnets_have_torchvisions_state_dict(name):
+    create_model(name, 7).load_state_dict(torchvision_resnet(name).state_dict())
+
+
+@pytest.mark.parametrize("name", ["vgg11", "vgg16"])
+def test_vggs_are_torchvisions_with_a_single_fc(name):
+    theirs = with_other_statistics(torchvision_vgg(name + "_bn"))
+    theirs.classifier = nn.Linear(512, 7)
+    for module in theirs.features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.zeros_(module.bias)
+    ours = create_model(name, 7)
+    missing = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert not missing.missing_keys
+    assert all(key.startswith("features.") and key.endswith(".bias") for key in missing.unexpected_keys)
+    assert_same_function(ours, theirs)
+
+
+@pytest.mark.parametrize(("name", "source"), [("vgg19_bn_4096", "vgg19_bn"), ("vgg19_4096", "vgg19")])
+def test_study_b_vggs_are_torchvisions(name, source):
+    theirs = torchvision_vgg(source)
+    theirs.classifier[0] = nn.Linear(512, 4096)
+    for module in theirs.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    ours = create_model(name, 7)
+    ours.load_state_dict(theirs.state_dict())
+    assert [module.p for module in ours.modules() if isinstance(module, nn.Dropout)] == [0.5, 0.5]
+    for module in ours.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    assert_same_function(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_zero_gamma_makes_every_plain_block_the_identity(name):
+    model = create_model(name, 10, zero_gamma=True)
+    blocks = [module for module in model.modules() if isinstance(module, BasicBlock | Bottleneck)]
+    for block in blocks[1:3]:  # not the first, which projects
+        x = torch.rand(2, 64 * block.expansion if name == "resnet50" else 64, 8, 8)
+        if isinstance(block.downsample, nn.Identity):
+            torch.testing.assert_close(block(x), x)
+    plain = create_model(name, 10)
+    assert sum((module.weight == 0).all() for module in model.modules() if isinstance(module, nn.BatchNorm2d)) == len(blocks)
+    assert not any((module.weight == 0).any() for module in plain.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+def test_every_model_gives_logits():
+    for name in list_models():
+        assert create_model(name, 5).eval()(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+def test_what_cannot_be_made():
+    with pytest.raises(UserError, match="--model resnet17: unknown; there are resnet18"):
+        create_model("resnet17", 10)
+    with pytest.raises(UserError, match="--zero-gamma: vgg16 has no residual blocks"):
+        create_model("vgg16", 10, zero_gamma=True)

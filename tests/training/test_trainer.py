@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastres.config import TrainConfig
+from fastres.training.trainer import Trainer
+
+SETTINGS = {"device": "cpu", "amp": "off", "compile": False, "schedule": "constant", "warmup_epochs": 0.0, "lr": 0.05}
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+class Batches:
+    """A loader of given batches."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def epoch(self, epoch):
+        return iter(self.batches)
+
+
+def random_batches(sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Batches(
+        [
+            (torch.randn(n, 3, 32, 32, generator=generator), torch.randint(0, 4, (n,), generator=generator))
+            for n in sizes
+        ]
+    )
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+
+
+def make_trainer(batches, model=None, device="cpu", **settings):
+    config = TrainConfig(**{**SETTINGS, "device": device, **settings})
+    return Trainer(model or small_model(), config, torch.device(device), 4, len(batches))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_an_epoch_is_sgd_step_by_step(nesterov, label_smoothing):
+    batches = random_batches([8, 8, 5])
+    trainer = make_trainer(batches, nesterov=nesterov, label_smoothing=label_smoothing)
+    result = trainer.train_epoch(batches, 0)
+
+    model = small_model()
+    velocity = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    loss_sum, correct = 0.0, 0
+    for images, labels in batches.batches:
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        loss_sum += loss.item() * len(labels)
+        correct += (logits.argmax(1) == labels).sum().item()
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for (name, parameter), grad in zip(model.named_parameters(), grads, strict=True):
+                grad = grad + 5e-4 * parameter
+                velocity[name] = 0.9 * velocity[name] + grad
+                parameter -= 0.05 * (grad + 0.9 * velocity[name] if nesterov else velocity[name])
+    for ours, reference in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, reference)
+    assert result.loss == pytest.approx(loss_sum / 21)
+    assert result.accuracy == pytest.approx(100 * correct / 21)
+    assert result.images == 21
+    assert 0 <= result.data_wait_seconds <= result.seconds
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_evaluation_counts_every_image_once(device):
+    batches = random_batches([8, 8, 3])
+    trainer = make_trainer(batches, device=device)
+    evaluation = trainer.evaluate(batches, 0)
+    model = small_model().eval()
+    with torch.no_grad():
+        logits = torch.cat([model(images) for images, _ in batches.batches])
+    labels = torch.cat([labels for _, labels in batches.batches])
+    assert evaluation.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert evaluation.accuracy == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    confusion = np.zeros((4, 4), int)
+    np.add.at(confusion, (labels, logits.argmax(1)), 1)
+    assert evaluation.confusion == confusion.tolist()
+    expected = 100 * confusion.diagonal() / confusion.sum(1)
+    assert evaluation.per_class_accuracy == pytest.approx(expected.tolist())
+
+
+def test_evaluation_leaves_the_model_as_it_is():
+    batches = random_batches([8])
+    trainer = make_trainer(batches)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.evaluate(batches, 0)
+    torch.testing.assert_close(trainer.model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_schedule_moves_at_every_step():
+    batches = random_batches([4] * 5)
+    trainer = make_trainer(batches, schedule="cosine", epochs=2)
+    seen = []
+    trainer.train_epoch(batches, 0, lambda: seen.append(trainer.optimizer.param_groups[0]["lr"]))
+    assert len(set(seen)) == 5
+    assert trainer.train_epoch(batches, 1).lr < seen[-1]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_precision_and_layout_reach_the_model(amp, channels_last):
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            self.out = self.conv(x)
+            return self.out.mean((2, 3))
+
+    batches = random_batches([4])
+    trainer = make_trainer(batches, Probe(), amp=amp, channels_last=channels_last)
+    trainer.train_epoch(batches, 0)
+    out = trainer.model.out
+    assert out.dtype == (torch.bfloat16 if amp == "bf16" else torch.float32)
+    assert out.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_inside_an_epoch():
+    batches = random_batches([8] * 4)
+    batches.batches = [(images.cuda(), labels.cuda()) for images, labels in batches.batches]
+    trainer = make_trainer(batches, device="cuda")
+    trainer.train_epoch(batches, 0)
+    steps = []
+
+    def forbid():
+        steps.append(1)
+        torch.cuda.set_sync_debug_mode("error" if len(steps) < 4 else "default")
+
+    trainer.train_epoch(batches, 0, forbid)
+    assert len(steps) == 4
