@@ -28,8 +28,8 @@ class TrainConfig:
 
     recipe: str = flag(
         "Recipe",
-        "where the other defaults come from: study-a (VGG-16 and ResNet-50 on mini-CIFAR-10) and study-b (ResNet-18 and "
-        "VGG-19-BN on CIFAR-10) are the published studies' settings; flags override them",
+        "where the other defaults come from: study-a (VGG-16 and ResNet-50 on mini-CIFAR-10) and study-b (ResNet-18 "
+        "and VGG-19-BN on CIFAR-10) are the published studies' settings; flags override them",
         "default",
         ("default", "study-a", "study-b"),
     )
@@ -47,7 +47,9 @@ class TrainConfig:
     )
     classes: tuple[str, ...] = flag("Data", "comma-separated subset of the classes; none: all of them", ())
     augmentation: str = flag("Data", "augmentation of training images; digits: none", "crop-flip", tuple(AUGMENTATIONS))
-    val_fraction: float = flag("Data", "part of the training set to hold out and select the best epoch on; 0: none", 0.0)
+    val_fraction: float = flag(
+        "Data", "part of the training set to hold out and select the best epoch on; 0: none", 0.0
+    )
     loader: str = flag("Data", "auto: dali where it imports", "auto", ("auto", "dali", "eager"))
     workers: int = flag("Data", "threads (dali) or processes (eager) that prepare batches", 2)
 
@@ -55,7 +57,7 @@ class TrainConfig:
     batch_size: int = flag("Optimization", "training images a step; digits: 32", 128)
     eval_batch_size: int = flag("Optimization", "images a step in evaluation", 250)
     drop_last: bool = flag("Optimization", "leave out the last, smaller batch of a training epoch", True)
-    lr: float = flag("Optimization", "peak learning rate; digits: 0.05", 0.1)
+    lr: float = flag("Optimization", "peak learning rate; digits: 0.02", 0.1)
     momentum: float = flag("Optimization", "of SGD", 0.9)
     nesterov: bool = flag("Optimization", "Nesterov momentum", True)
     weight_decay: float = flag("Optimization", "of all parameters", 5e-4)
@@ -123,7 +125,7 @@ class TrainConfig:
 
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     # 1,437 images, and a mirrored 3 is no 3
-    "digits": {"epochs": 8, "batch_size": 32, "lr": 0.05, "augmentation": "none"},
+    "digits": {"epochs": 8, "batch_size": 32, "lr": 0.02, "augmentation": "none"},
 }
 
 
@@ -209,8 +211,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
             options |= {"type": PARSERS[kind], "metavar": "X"}
         if item.metadata["choices"]:
             options |= {"choices": item.metadata["choices"], "metavar": None}
-        shown = "on" if item.default is True else "off" if item.default is False else item.default
-        shown = {None: "auto", (): "none"}.get(shown, shown)
+        words = {"None": "auto", "()": "none", "True": "on", "False": "off"}
+        shown = words.get(str(item.default), item.default)
         groups[title].add_argument(
             "--" + item.name.replace("_", "-"), help=f"{item.metadata['help']} (default: {shown})", **options
         )

@@ -1,6 +1,5 @@
 """python -m fastres.train: trains a model, or evaluates a run's best weights again."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence

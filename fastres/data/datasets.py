@@ -92,7 +92,7 @@ class Dataset:
 
 
 def digits() -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, resized to 32x32 RGB; a fixed, stratified 1,437 / 360 split."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, resized to 32x32 RGB; a fixed, stratified 1,437/360 split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

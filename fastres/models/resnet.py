@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-NormLayer = Callable[..., nn.Module]
+NormLayer = Callable[..., nn.BatchNorm2d]
 
 
 class BasicBlock(nn.Module):
@@ -74,16 +74,18 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.bn1 = norm_layer(64)
-        in_channels = 64
-        for stage, num_blocks in enumerate(layers):
-            channels = 64 << stage
-            blocks = []
-            for i in range(num_blocks):
-                blocks.append(block(in_channels, channels, 2 if stage > 0 and i == 0 else 1, norm_layer))
-                in_channels = channels * block.expansion
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        wide = block.expansion
+
+        def stage(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:
+            rest = (block(channels * wide, channels, 1, norm_layer) for _ in range(num_blocks - 1))
+            return nn.Sequential(block(in_channels, channels, stride, norm_layer), *rest)
+
+        self.layer1 = stage(64, 64, layers[0], stride=1)
+        self.layer2 = stage(64 * wide, 128, layers[1], stride=2)
+        self.layer3 = stage(128 * wide, 256, layers[2], stride=2)
+        self.layer4 = stage(256 * wide, 512, layers[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(in_channels, num_classes)
+        self.fc = nn.Linear(512 * wide, num_classes)
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

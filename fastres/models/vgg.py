@@ -1,7 +1,7 @@
 """VGGs (Simonyan & Zisserman 2014, arXiv:1409.1556) for 32x32 images, which the five max-pools bring to 1x1.
 
-Layers bear torchvision's numbers. ReLU, which torchvision counts as a layer of its own, is part of the norm here, so its
-number is left out and state dicts are interchangeable but for the head.
+Layers bear torchvision's numbers. ReLU, which torchvision counts as a layer of its own, is part of the norm here, so
+its number is left out and state dicts are interchangeable but for the head.
 """
 
 from collections import OrderedDict
@@ -45,7 +45,7 @@ class VGG(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if bias:
+                if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, 0, 0.01)

@@ -57,7 +57,7 @@ def save_checkpoint(path: Path, trainer: Trainer, history: list[dict[str, Any]],
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What ``save_checkpoint`` wrote at ``path``, or in the folder ``path``. Raises UserError if it is anything else."""
+    """What ``save_checkpoint`` wrote at ``path``, or in the folder ``path``. Raises UserError for anything else."""
     if path.is_dir():
         path = path / "last.pt"
     if not path.is_file():

@@ -11,7 +11,9 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     """Raises UserError for ``cuda`` without a usable GPU."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise UserError("--device cuda: torch sees no CUDA device; take --device cpu, or check nvidia-smi and the driver")
+        raise UserError(
+            "--device cuda: torch sees no CUDA device; take --device cpu, or check nvidia-smi and the driver"
+        )
     if name == "cuda" or (name == "auto" and available):
         return torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
     return torch.device("cpu"), "asked for" if name == "cpu" else "no CUDA device"

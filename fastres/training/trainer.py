@@ -56,7 +56,7 @@ class Trainer:
     ) -> None:
         self.config, self.device, self.num_classes = config, device, num_classes
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = model.to(device, memory_format=self.memory_format)
+        self.model = model.to(device).to(memory_format=self.memory_format)
         self.forward = torch.compile(self.model, dynamic=False) if config.compile else self.model
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -141,9 +141,7 @@ class Trainer:
         )
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, AMP_DTYPES[self.config.amp], enabled=self.config.amp != "off"
-        )
+        return torch.autocast(self.device.type, AMP_DTYPES[self.config.amp], enabled=self.config.amp != "off")
 
     def _to_device(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (

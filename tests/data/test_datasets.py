@@ -10,7 +10,7 @@ from fastres.data.datasets import MINI_CIFAR10_CLASSES, digits, folder, load_dat
 from fastres.errors import UserError
 from tests.conftest import write_folder
 
-CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 def fake_cifar10(root, monkeypatch, per_batch=50):
@@ -63,8 +63,12 @@ def test_cifar10_and_its_classes(tmp_path, monkeypatch):
     assert len(mini.train) == 75
     np.testing.assert_array_equal(mini.train.images, whole.train.images[whole.train.labels < 3])
     swapped, _ = load_dataset("cifar10", root, ("truck", "airplane"))
-    np.testing.assert_array_equal(swapped.test.images[swapped.test.labels == 0], whole.test.images[whole.test.labels == 9])
-    np.testing.assert_array_equal(swapped.test.images[swapped.test.labels == 1], whole.test.images[whole.test.labels == 0])
+    np.testing.assert_array_equal(
+        swapped.test.images[swapped.test.labels == 0], whole.test.images[whole.test.labels == 9]
+    )
+    np.testing.assert_array_equal(
+        swapped.test.images[swapped.test.labels == 1], whole.test.images[whole.test.labels == 0]
+    )
 
 
 def test_auto_takes_mini_cifar10_where_it_lies(tmp_path, monkeypatch):
@@ -136,7 +140,7 @@ def test_folder_names_what_is_wrong(damage, message, image_folder):
 
 @pytest.mark.parametrize("name", ["digits", "folder"])
 def test_unknown_classes(name, image_folder):
-    with pytest.raises(UserError, match="--classes.*has no cow.*it has"):
+    with pytest.raises(UserError, match=r"--classes.*has no cow.*it has"):
         load_dataset(name, image_folder, ("cow",))
 
 

@@ -73,7 +73,9 @@ def test_batches_are_what_the_plan_says(name, augmentation, device, arrays):
 def test_loaders_agree_on_files(suffix, augmentation, device, arrays, tmp_path):
     dataset = folder(write_folder(tmp_path, arrays, suffix))
     plan_of_epoch = partial(training_plan, 1, num_images=60, augmentation=augmentation)
-    dali, eager = (epoch_of(make_loader(name, dataset.train, plan_of_epoch, dataset, device=device)) for name in LOADERS)
+    dali, eager = (
+        epoch_of(make_loader(name, dataset.train, plan_of_epoch, dataset, device=device)) for name in LOADERS
+    )
     # JPEG decoders may differ by 3 of 255 levels; PNG is exact
     levels = (dali[0] - eager[0]).abs() * torch.tensor(dataset.std).view(3, 1, 1) * 255
     assert levels.max() <= (3 if suffix == ".jpg" else 1e-3)
@@ -134,5 +136,5 @@ def test_without_dali_the_choice_is_said(monkeypatch):
     name, why = choose_loader("auto")
     assert name == "eager"
     assert "DALI does not import" in why
-    with pytest.raises(UserError, match="--loader dali.*pip install"):
+    with pytest.raises(UserError, match=r"--loader dali.*pip install"):
         choose_loader("dali")

@@ -106,7 +106,9 @@ def test_zero_gamma_makes_every_plain_block_the_identity(name):
         if isinstance(block.downsample, nn.Identity):
             torch.testing.assert_close(block(x), x)
     plain = create_model(name, 10)
-    assert sum((module.weight == 0).all() for module in model.modules() if isinstance(module, nn.BatchNorm2d)) == len(blocks)
+    assert sum((module.weight == 0).all() for module in model.modules() if isinstance(module, nn.BatchNorm2d)) == len(
+        blocks
+    )
     assert not any((module.weight == 0).any() for module in plain.modules() if isinstance(module, nn.BatchNorm2d))
 
 

@@ -61,7 +61,7 @@ def test_tensorboard_has_the_history(finished):
     assert logged == pytest.approx([row["test_accuracy"] for row in run.history])
 
 
-class Interrupt(Exception):
+class InterruptedByTestError(Exception):
     pass
 
 
@@ -79,10 +79,10 @@ def test_a_resumed_run_ends_bit_identically(settings, arrays, tmp_path):
 
     def interrupt(row):
         if row["epoch"] == 1:
-            raise Interrupt
+            raise InterruptedByTestError
 
     part = start(arrays, tmp_path / "part", **settings)
-    with pytest.raises(Interrupt):
+    with pytest.raises(InterruptedByTestError):
         part.fit(on_epoch=interrupt)
     resumed = start(arrays, tmp_path / "part", read_checkpoint(tmp_path / "part"), **settings)
     resumed.fit()

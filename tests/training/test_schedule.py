@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -42,7 +44,7 @@ def test_warm_up_rises_linearly_to_the_peak(schedule):
     rise = factors(schedule, warmup_epochs=2, milestones=(9,))[: 2 * STEPS + 1]
     assert 0 < rise[0] < 0.15
     assert rise[-1] == 1
-    steps = [after - before for before, after in zip(rise, rise[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(rise)]
     assert steps == pytest.approx([steps[0]] * len(steps))
 
 
