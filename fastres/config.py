@@ -36,7 +36,9 @@ class TrainConfig:
     seed: int = flag("Recipe", "seed of weights, order, augmentation and dropout", 0)
 
     model: str = flag("Model", "architecture", "resnet50", tuple(MODELS))
-    zero_gamma: bool = flag("Model", "start the last norm of each residual block at 0 (resnets)", False)
+    zero_gamma: bool | None = flag(
+        "Model", "start the last norm of each residual block at 0; auto: on for resnets", None
+    )
     fused: bool = flag("Model", "fused BatchNorm-(add-)ReLU operator instead of torch's modules", True)
 
     dataset: str = flag(
@@ -131,7 +133,14 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
 
 def recipe_defaults(recipe: str, model: str) -> dict[str, Any]:
     """What ``recipe`` sets in place of TrainConfig's defaults; the studies' values as published."""
-    published = {"momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "batch_size": 128, "warmup_epochs": 0.0}
+    published = {
+        "zero_gamma": False,
+        "momentum": 0.9,
+        "nesterov": False,
+        "weight_decay": 5e-4,
+        "batch_size": 128,
+        "warmup_epochs": 0.0,
+    }
     if recipe == "study-a":
         return published | {
             "dataset": "mini-cifar10",

@@ -45,7 +45,16 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
     compiled, compile_why = choose_compile(config.compile, device, steps)
     loader, loader_why = choose_loader(config.loader)
     output_dir = config.output_dir or Path("runs") / f"{config.model}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    chosen = replace(config, device=device.type, amp=amp, compile=compiled, loader=loader, output_dir=output_dir)
+    zero_gamma = config.model.startswith("resnet") if config.zero_gamma is None else config.zero_gamma
+    chosen = replace(
+        config,
+        zero_gamma=zero_gamma,
+        device=device.type,
+        amp=amp,
+        compile=compiled,
+        loader=loader,
+        output_dir=output_dir,
+    )
     line = (
         f"device {device.type} ({device_why}), amp {amp} ({amp_why}), compile {'on' if compiled else 'off'} "
         f"({compile_why}), loader {loader} ({loader_why})"
@@ -82,7 +91,7 @@ class Run:
         self.validation_loader = self._evaluation_loader(validation, device) if validation else None
 
         torch.manual_seed(config.seed)
-        model = create_model(config.model, len(dataset.classes), config.zero_gamma, config.fused)
+        model = create_model(config.model, len(dataset.classes), bool(config.zero_gamma), config.fused)
         self.trainer = Trainer(model, config, device, len(dataset.classes), len(self.train_loader))
         self.history: list[Row] = []
         if checkpoint is not None:
