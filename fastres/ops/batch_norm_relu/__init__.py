@@ -1,0 +1,188 @@
+"""BatchNorm, an optional residual and ReLU in one operator.
+
+    y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+Formula: Ioffe and Szegedy, "Batch Normalization" (2015); semantics: `torch.nn.functional.batch_norm`.
+The schemas, shape functions and autograd are here; csrc/batch_norm_relu.cpp holds the CPU kernels and
+triton_kernels.py those for CUDA.
+"""
+
+import torch
+from torch import Tensor
+
+from fastres.ops.batch_norm_relu import reference
+
+__all__ = ["batch_norm_relu"]
+
+# Under torch.compile, too, this is one operator that runs its own kernels. False lets the compiler see plain
+# PyTorch instead and fuse it with its neighbours.
+OPAQUE_TO_COMPILER = True
+
+library = torch.library.Library("fastres", "FRAGMENT")
+library.define(
+    "batch_norm_relu(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean,"
+    " Tensor? running_var, bool training, float eps, bool relu) -> (Tensor y, Tensor mean, Tensor var)"
+)
+# The output is passed if there was a residual and ReLU was applied. The gradient before ReLU, dz, is then the
+# residual's, too; otherwise it is empty.
+library.define(
+    "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor? output, Tensor? weight, Tensor? bias,"
+    " Tensor mean, Tensor var, bool training, float eps, bool relu)"
+    " -> (Tensor dx, Tensor dz, Tensor dweight, Tensor dbias)"
+)
+
+
+def batch_norm_relu(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`, then `+ residual`, then ReLU, in two passes over `x`.
+
+    Args:
+        x: `[N, C, ...]`, float16, bfloat16, float32 or float64, contiguous or channels-last, or copied.
+        running_mean, running_var: `[C]`, or None when training. Updated in place when training (the variance
+            unbiased), used to normalise otherwise.
+        weight, bias: `[C]`, or None for 1 and 0; float32 also where `x` is a half type, as under autocast.
+        residual: added before ReLU; the shape and type of `x`.
+        training: normalise with the (biased) statistics of `x`.
+        momentum: the weight of the new statistics in the running ones.
+        eps: added to the variance.
+        relu: apply ReLU.
+
+    Returns:
+        The shape, type and layout of `x`.
+
+    Raises:
+        ValueError: training with a single value per channel; only one of `running_mean` and `running_var`;
+            neither of them in evaluation; `residual` unlike `x`; a parameter or statistic that is not `[C]`.
+        RuntimeError: on the CPU if the C++ extension has not been built.
+    """
+    _check(x, running_mean, running_var, weight, bias, residual, training)
+    if torch.compiler.is_compiling() and not OPAQUE_TO_COMPILER:
+        return reference.batch_norm_relu(
+            x, running_mean, running_var, weight, bias,
+            residual=residual, training=training, momentum=momentum, eps=eps, relu=relu,
+        )  # fmt: skip
+    y, mean, var = torch.ops.fastres.batch_norm_relu(
+        x, residual, weight, bias, running_mean, running_var, training, eps, relu
+    )
+    if training and running_mean is not None and running_var is not None and x.numel() > 0:
+        count = x.numel() // x.size(1)
+        with torch.no_grad():
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+            running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+    return y
+
+
+def _check(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+) -> None:
+    if x.dim() < 2:
+        raise ValueError(f"expected an input of shape [N, C, ...], got {tuple(x.shape)}")
+    if training and x.numel() == x.size(1):
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if running_mean is None and not training:
+        raise ValueError("running_mean and running_var are needed when training is False")
+    for name, tensor in (
+        ("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias),
+    ):  # fmt: skip
+        if tensor is not None and tensor.shape != x.shape[1:2]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(x.shape[1:2])}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual is {residual.dtype} {tuple(residual.shape)}, the input {x.dtype} {tuple(x.shape)}"
+        )
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The type of the statistics and of every sum: float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def dense(tensor: Tensor, channels_last: bool) -> Tensor:
+    """The tensor with no gaps between its elements, the channels side by side if `channels_last`."""
+    if channels_last:
+        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+    return tensor.contiguous()
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the kernels treat `x` as channels-last, contiguous being the other choice."""
+    return x.stride(1) == 1
+
+
+@torch.library.register_fake("fastres::batch_norm_relu", lib=library)
+def _(x, residual, weight, bias, running_mean, running_var, training, eps, relu):  # type: ignore[no-untyped-def]
+    statistics = x.new_empty(x.size(1), dtype=statistics_dtype(x))
+    return torch.empty_like(dense(x, is_channels_last(x))), statistics, torch.empty_like(statistics)
+
+
+@torch.library.register_fake("fastres::batch_norm_relu_backward", lib=library)
+def _(grad, x, output, weight, bias, mean, var, training, eps, relu):  # type: ignore[no-untyped-def]
+    dx = torch.empty_like(dense(x, is_channels_last(x)))
+    dz = x.new_empty(0) if output is None else torch.empty_like(dx)
+    return dx, dz, torch.empty_like(mean), torch.empty_like(mean)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    x, residual, weight, bias, _, _, training, eps, relu = inputs
+    y, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.set_materialize_grads(False)
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(x, y if ctx.has_residual and relu else None, weight, bias, mean, var)
+    ctx.options = training, eps, relu
+
+
+def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    x, output, weight, bias, mean, var = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 9
+    dx, dz, dweight, dbias = torch.ops.fastres.batch_norm_relu_backward(
+        grad, x, output, weight, bias, mean, var, *ctx.options
+    )
+    dresidual = None
+    if ctx.has_residual:
+        dresidual = grad if output is None else dz
+    return (
+        dx,
+        dresidual,
+        None if weight is None else dweight.to(weight.dtype),
+        None if bias is None else dbias.to(bias.dtype),
+        *(None,) * 5,
+    )
+
+
+torch.library.register_autograd(
+    "fastres::batch_norm_relu", _backward, setup_context=_setup_context, lib=library
+)
+
+try:
+    import fastres._C  # noqa: F401
+except ImportError as error:
+    reason = error
+
+    def _not_built(*_args: object) -> None:
+        raise RuntimeError(
+            "the C++ extension of fastres is needed on the CPU: build it with `make setup`"
+        ) from reason
+
+    library.impl("batch_norm_relu", _not_built, "CPU")
+    library.impl("batch_norm_relu_backward", _not_built, "CPU")
