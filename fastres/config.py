@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -49,6 +49,7 @@ class TrainConfig:
     )
     classes: tuple[str, ...] = flag("Data", "comma-separated subset of the classes; none: all of them", ())
     augmentation: str = flag("Data", "augmentation of training images; digits: none", "crop-flip", tuple(AUGMENTATIONS))
+    train_fraction: float = flag("Data", "part of the training set to train on, drawn from the seed", 1.0)
     val_fraction: float = flag(
         "Data", "part of the training set to hold out and select the best epoch on; 0: none", 0.0
     )
@@ -91,6 +92,7 @@ class TrainConfig:
             (self.momentum > 0 or not self.nesterov, "--nesterov: needs a --momentum above 0; add --no-nesterov"),
             (self.weight_decay >= 0, f"--weight-decay {self.weight_decay}: must not be negative"),
             (0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: must be in [0, 1)"),
+            (0 < self.train_fraction <= 1, f"--train-fraction {self.train_fraction}: must be in (0, 1]"),
             (0 <= self.val_fraction < 1, f"--val-fraction {self.val_fraction}: must be in [0, 1)"),
             (
                 0 <= self.warmup_epochs < self.epochs or self.schedule == "constant",
@@ -200,8 +202,8 @@ PARSERS: dict[Any, Any] = {
 }
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
-    """Adds a flag for every field of the dataclass ``config``, in the fields' groups.
+def add_flags(parser: argparse.ArgumentParser, config: type, leave_out: Collection[str] = ()) -> None:
+    """Adds a flag for every field of the dataclass ``config`` but those to ``leave_out``, in the fields' groups.
 
     A flag that is not given is left out of the namespace, so that what the user said stands apart from defaults, which
     a recipe or a dataset may replace.
@@ -209,6 +211,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
     groups: dict[str, Any] = {}
     hints = get_type_hints(config)
     for item in fields(config):
+        if item.name in leave_out:
+            continue
         title = item.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)

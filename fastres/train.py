@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, recipe_defaults
-from fastres.data.datasets import load_dataset
+from fastres.data.datasets import Dataset, load_dataset
 from fastres.errors import UserError
 from fastres.report.plots import plot_curves
 from fastres.report.tables import summary_table
@@ -48,21 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(given: dict[str, Any], resume: Path | None, console: Console) -> dict[str, Any]:
     """Trains with the flags ``given`` over the recipe's and the dataset's defaults, or over those of the run that
     ``resume`` names, and returns the summary."""
-    checkpoint = read_checkpoint(resume) if resume else None
-    if checkpoint:
-        assert resume is not None
-        settings = resumed_settings(checkpoint["config"], given, resume)
-    else:
-        recipe = given.get("recipe", TrainConfig.recipe)
-        settings = recipe_defaults(recipe, given.get("model", TrainConfig.model)) | given
-    requested = TrainConfig(**settings)  # checks the values before a dataset is read
-    dataset, line = load_dataset(requested.dataset, requested.data_dir, requested.classes)
-    console.print(f"dataset: {line}")
-    requested = TrainConfig(**{**DATASET_DEFAULTS.get(dataset.name, {}), **settings, "dataset": dataset.name})
-    config, line = resolve(requested, dataset)
-    console.print(line)
-
-    run = Run(config, dataset, checkpoint)
+    run = prepare(given, resume, console)
+    config = run.config
     with progress_bar(console, len(run.train_loader)) as progress:
 
         def on_epoch(row: Row) -> None:
@@ -75,6 +62,35 @@ def train(given: dict[str, Any], resume: Path | None, console: Console) -> dict[
     console.print(summary_table(summary))
     console.print(f"run:     {run.folder}\npicture: {picture}")
     return summary
+
+
+def prepare(given: dict[str, Any], resume: Path | None, console: Console) -> Run:
+    """The run that ``train`` trains; nothing is written yet."""
+    checkpoint = read_checkpoint(resume) if resume else None
+    if checkpoint:
+        assert resume is not None
+        settings = resumed_settings(checkpoint["config"], given, resume)
+    else:
+        recipe = given.get("recipe", TrainConfig.recipe)
+        settings = recipe_defaults(recipe, given.get("model", TrainConfig.model)) | given
+    config, dataset = configure(settings, console)
+    return Run(config, dataset, checkpoint)
+
+
+def configure(
+    settings: dict[str, Any], console: Console, load: Callable[..., tuple[Dataset, str]] = load_dataset
+) -> tuple[TrainConfig, Dataset]:
+    """``settings`` with nothing left to choose, and the dataset that they name, which ``load`` reads."""
+    requested = TrainConfig(**settings)  # checks the values before a dataset is read
+    dataset, line = load(requested.dataset, requested.data_dir, requested.classes)
+    console.print(f"dataset: {line}")
+    if requested.train_fraction < 1:
+        dataset = dataset.sample(requested.train_fraction, requested.seed)
+        console.print(f"training on {len(dataset.train):,} of its images (train fraction {requested.train_fraction:g})")
+    requested = TrainConfig(**{**DATASET_DEFAULTS.get(dataset.name, {}), **settings, "dataset": dataset.name})
+    config, line = resolve(requested, dataset)
+    console.print(line)
+    return config, dataset
 
 
 def resumed_settings(saved: dict[str, Any], given: dict[str, Any], resume: Path) -> dict[str, Any]:

@@ -79,6 +79,11 @@ class Dataset:
 
         return replace(self, classes=tuple(classes), train=pick(self.train), test=pick(self.test))
 
+    def sample(self, fraction: float, seed: int) -> "Dataset":
+        """Only a random ``fraction`` of the training images, drawn from ``seed``; at least one."""
+        order = np.random.Generator(np.random.Philox(seed)).permutation(len(self.train))
+        return replace(self, train=self.train.take(np.sort(order[: max(round(len(order) * fraction), 1)])))
+
     def hold_out(self, fraction: float, seed: int) -> tuple["Dataset", Split]:
         """Moves a random ``fraction`` of the training images, drawn from ``seed``, to a validation split.
 

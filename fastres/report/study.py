@@ -1,0 +1,431 @@
+"""The report of a study, from study.json and the folders of its runs: report.md, its figures, and report.html, which
+holds the same with the pictures inside and needs no network."""
+
+import base64
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from statistics import mean, stdev
+from string import Template
+from typing import Any
+
+import markdown
+import pandas as pd
+
+from fastres.errors import UserError
+from fastres.report import study_plots
+
+TARGETS = (80, 85, 90)  # % of test accuracy, that the time to is reported
+FIRST_EPOCHS = 5  # the early part of a run that Study A compares
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over seeds, and their sample standard deviation; None for a single seed."""
+
+    mean: float
+    std: float | None
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate":
+        return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+    def text(self, digits: int = 2) -> str:
+        spread = f" ± {self.std:,.{digits}f}" if self.std is not None else ""
+        return f"{self.mean:,.{digits}f}{spread}"
+
+    def minus(self, other: "Estimate") -> tuple[float, float | None]:
+        """The difference of the means, and its standard error where both have several seeds."""
+        if self.std is None or other.std is None:
+            return self.mean - other.mean, None
+        return self.mean - other.mean, math.hypot(self.std / math.sqrt(self.seeds), other.std / math.sqrt(other.seeds))
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one row of a study wrote: a history and a summary for each seed, and those of its model in eager PyTorch."""
+
+    name: str
+    label: str
+    published: dict[str, float]
+    forward_gflop: float
+    histories: list[pd.DataFrame]
+    summaries: list[dict[str, Any]]
+    eager: dict[str, Any] | None
+
+    def estimate(self, metric: str) -> Estimate:
+        """``metric`` over the seeds: ``mean_accuracy`` and ``spread`` (mean and sample standard deviation of the test
+        accuracy in the first epochs, NaN of a single epoch), or a number of summary.json."""
+        if metric in ("mean_accuracy", "spread"):
+            first = [history["test_accuracy"][:FIRST_EPOCHS] for history in self.histories]
+            return Estimate.of([part.mean() if metric == "mean_accuracy" else part.std() for part in first])
+        return Estimate.of([summary[metric] for summary in self.summaries])
+
+    @property
+    def model(self) -> str:
+        return self.summaries[0]["model"]
+
+    def seconds_to(self, accuracy: float) -> list[float]:
+        """Seconds of training to the end of the first epoch with that test accuracy (%), of the seeds that reach it."""
+        seconds = []
+        for history in self.histories:
+            reached = history["test_accuracy"] >= accuracy
+            if reached.any():
+                seconds.append(float(history["epoch_seconds"].cumsum()[reached].iloc[0]))
+        return seconds
+
+
+def write_report(folder: Path, price_per_hour: float = 0.0) -> Path:
+    """Writes report.md, figures/ and report.html to the study's ``folder``, and returns the last.
+
+    ``price_per_hour`` adds the cost of each run's training time. Raises UserError where a run's files are missing.
+    """
+    study = json.loads((folder / "study.json").read_text())
+    results = read_results(folder, study)
+    content = report(study, results, draw(folder / "figures", study, results), price_per_hour)
+    (folder / "report.md").write_text(content)
+    page = Template((Path(__file__).parent / "study.html").read_text()).substitute(
+        title=escape(study["title"]),
+        scale=escape(scale_line(study)),
+        body=inline_pictures(markdown.markdown(content, extensions=["tables"]), folder),
+    )
+    (folder / "report.html").write_text(page)
+    return folder / "report.html"
+
+
+def read_results(folder: Path, study: dict[str, Any]) -> list[Results]:
+    try:
+        return [
+            Results(
+                name=run["name"],
+                label=run["label"],
+                published=run["published"],
+                forward_gflop=run["forward_gflop"],
+                histories=[pd.read_csv(folder / name / "history.csv") for name in run["folders"]],
+                summaries=[read_summary(folder / name) for name in run["folders"]],
+                eager=read_summary(folder / run["eager_folder"]) if run["eager_folder"] else None,
+            )
+            for run in study["runs"]
+        ]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: the study's runs are not all there ({error}); add --resume to do them") from error
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def draw(folder: Path, study: dict[str, Any], results: list[Results]) -> dict[str, str]:
+    """Draws all figures to ``folder``; their paths in the report, by title."""
+    folder.mkdir(exist_ok=True)
+    by_name = {result.name: result for result in results}
+    note = scale_line(study)
+    figures = study["figures"] or [{"title": study["title"], "runs": list(by_name)}]
+    drawn = {
+        figure["title"]: study_plots.curves([by_name[name] for name in figure["runs"]], note) for figure in figures
+    }
+    drawn["Accuracy against seconds of training"] = study_plots.pareto(results, note)
+    drawn["Confusion of the best epoch"] = study_plots.confusion(results, note)
+    paths = {}
+    for title, picture in drawn.items():
+        name = re.sub(r"\W+", "-", title.lower()).strip("-") + ".png"
+        study_plots.save(picture, folder / name)
+        paths[title] = f"{folder.name}/{name}"
+    return paths
+
+
+def report(study: dict[str, Any], results: list[Results], figures: dict[str, str], price_per_hour: float) -> str:
+    """The report as Markdown."""
+    pictures = {title: f"![{title}]({path})" for title, path in figures.items()}
+    *curves, pareto, confusion = pictures
+    sections = [
+        f"# {study['title']}",
+        f"**{scale_line(study)}**",
+        "## Findings",
+        "\n".join(f"- {finding}" for finding in findings(study, results)),
+        "## Accuracy",
+        accuracy_table(results),
+        accuracy_notes(study, results),
+        *(f"### {title}\n\n{pictures[title]}" for title in curves),
+        "## Cost",
+        cost_table(results),
+        cost_notes(results),
+        f"### {pareto}\n\n{pictures[pareto]}",
+        time_table(results, price_per_hour),
+        f"## {confusion}\n\n{pictures[confusion]}",
+        "## How it was measured",
+        provenance(study, results),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def scale_line(study: dict[str, Any]) -> str:
+    """At which scale the study was done, and what else differs from its definition."""
+    parts = [
+        f"{100 * study[key]:.4g} % of the {what}"
+        for key, what in (("scale", "epochs"), ("data_scale", "training images"))
+        if study[key] < 1
+    ]
+    line = f"Scaled down: {' and '.join(parts)}" if parts else "Full scale"
+    changed = ", ".join(f"{name} {value}" for name, value in study["overrides"].items())
+    return f"{line}; changed on the command line: {changed}" if changed else line
+
+
+def accuracy_table(results: list[Results]) -> str:
+    metrics = {
+        "best, %": ("best_accuracy", 2),
+        "last, %": ("last_accuracy", 2),
+        f"mean of epochs 1-{FIRST_EPOCHS}, %": ("mean_accuracy", 2),
+        "their spread": ("spread", 2),
+        "test loss": ("test_loss", 4),
+        "params, M": ("params_millions", 2),
+        "epochs": ("epochs", 0),
+    }
+    rows = []
+    for result in results:
+        estimates = {name: result.estimate(name) for name, _ in metrics.values()}
+        constant = ("params_millions", "epochs")  # the same for every seed
+        rows.append(
+            [f"**{result.label}**"]
+            + [
+                f"{estimates[name].mean:,.{digits}f}" if name in constant else number(estimates[name], digits)
+                for name, digits in metrics.values()
+            ]
+        )
+        if result.published:
+            figures = [
+                f"{result.published[name]:,.{digits}f}" if name in result.published else ""
+                for name, digits in metrics.values()
+            ]
+            rows.append(["*published*", *figures])
+    return table(["run", *metrics], rows)
+
+
+def number(estimate: Estimate, digits: int) -> str:
+    return "" if math.isnan(estimate.mean) else estimate.text(digits)
+
+
+def accuracy_notes(study: dict[str, Any], results: list[Results]) -> str:
+    seeds = len(results[0].summaries)
+    notes = [f"Mean ± standard deviation over {seeds} seeds." if seeds > 1 else "One seed."]
+    if results[0].summaries[0]["best_selected_on"] == "test":
+        notes.append("The best epoch is the best on the test set, as the published figures are.")
+    notes.append(f"Spread is the standard deviation of the accuracies of epochs 1 to {FIRST_EPOCHS}, in points.")
+    notes.append("Test loss is of the best epoch.")
+    if study["source"]:
+        notes.append(f"Published figures: {study['source']}.")
+    return " ".join(notes)
+
+
+def cost_table(results: list[Results]) -> str:
+    header = ["model", "forward GFLOP", "params, M", "s/epoch", "images/s", "peak MiB"]
+    eager = any(result.eager for result in results)
+    published = any("epoch_seconds" in result.published for result in results)
+    if eager:
+        header += ["eager s/epoch", "eager images/s", "eager peak MiB", "fastres against eager"]
+    if published:
+        header += ["published s/epoch"]
+    rows = []
+    for result in one_of_each_model(results):
+        row = [
+            f"**{result.model}**",
+            f"{result.forward_gflop:.3f}",
+            f"{result.estimate('params_millions').mean:.2f}",
+            result.estimate("epoch_seconds").text(),
+            result.estimate("images_per_second").text(0),
+            result.estimate("peak_memory_mb").text(0),
+        ]
+        if eager:
+            assert result.eager is not None
+            ratio = result.estimate("images_per_second").mean / result.eager["images_per_second"]
+            row += [
+                f"{result.eager['epoch_seconds']:,.2f}",
+                f"{result.eager['images_per_second']:,.0f}",
+                f"{result.eager['peak_memory_mb']:,.0f}",
+                f"{ratio:.2f} x",
+            ]
+        if published:
+            row += [f"{result.published['epoch_seconds']:.2f}" if "epoch_seconds" in result.published else ""]
+        rows.append(row)
+    return table(header, rows)
+
+
+def cost_notes(results: list[Results]) -> str:
+    images, device = results[0].summaries[0]["train_images"], results[0].summaries[0]["device"]
+    notes = [
+        f"An epoch is {images:,} training images on {device}; seconds are the median epoch's, training alone.",
+        "A multiply-add is two operations; GFLOP are of one image's convolutions and linear layers.",
+    ]
+    if "threads" in device:
+        notes.append("Peak memory is the process's resident memory, Python and its libraries included.")
+    if results[0].eager:
+        notes.append(
+            f"Eager is the same training over {results[0].eager['epochs']} epochs with PyTorch's own modules in "
+            "float32, not compiled, and a DataLoader of torchvision transforms."
+        )
+    return " ".join(notes)
+
+
+def time_table(results: list[Results], price_per_hour: float) -> str:
+    """Seconds of training to each target and to the end, and the cost of the latter."""
+    header = ["run", *(f"to {target} %, s" for target in TARGETS), "whole training, s"]
+    rows = []
+    for result in results:
+        total = result.estimate("train_seconds")
+        row = [f"**{result.label}**", *(time_to(result, target) for target in TARGETS), total.text(1)]
+        if price_per_hour:
+            row.append(f"{total.mean / 3600 * price_per_hour:.4f}")
+        rows.append(row)
+    return table([*header, f"cost at {price_per_hour:g} an hour"] if price_per_hour else header, rows)
+
+
+def time_to(result: Results, target: float) -> str:
+    seconds = result.seconds_to(target)
+    if not seconds:
+        return "not reached"
+    everyone = "" if len(seconds) == len(result.histories) else f" ({len(seconds)} of {len(result.histories)} seeds)"
+    return Estimate.of(seconds).text(1) + everyone
+
+
+def findings(study: dict[str, Any], results: list[Results]) -> list[str]:
+    """What the figures say, in sentences."""
+    by_name = {result.name: result for result in results}
+    accuracy = [conjecture_finding(item, by_name) for item in study["conjectures"]] or [
+        line for result in results[1:] for line in accuracy_findings(result, results[0])
+    ]
+    models = one_of_each_model(results)
+    cost = [cost_finding(result, models[0]) for result in models[1:]]
+    speed = [eager_finding(result) for result in models if result.eager]
+    times = [line for target in TARGETS if (line := first_to(results, target))]
+    return accuracy + cost + speed + times
+
+
+def accuracy_findings(result: Results, baseline: Results) -> list[str]:
+    """``result`` against ``baseline``: in best accuracy, and in that of the first epochs where it was published."""
+    lines = []
+    for metric, what in (
+        ("best_accuracy", "best accuracy"),
+        ("mean_accuracy", f"mean accuracy of epochs 1 to {FIRST_EPOCHS}"),
+    ):
+        published = [run.published[metric] for run in (result, baseline) if metric in run.published]
+        if metric == "best_accuracy" or len(published) == 2:
+            ours, theirs = result.estimate(metric), baseline.estimate(metric)
+            line = (
+                f"{result.label}: {what} {ours.mean:.2f} %, {difference(*ours.minus(theirs))} than {baseline.label} "
+                f"({theirs.mean:.2f} %)"
+            )
+            if len(published) == 2:
+                line += f"; the study measured {difference(published[0] - published[1])}"
+            lines.append(line + ".")
+    return lines
+
+
+def difference(points: float, error: float | None = None) -> str:
+    uncertain = f" (± {error:.2f})" if error is not None else ""
+    return f"{abs(points):.2f} points{uncertain} {'lower' if points < 0 else 'higher'}"
+
+
+def conjecture_finding(conjecture: dict[str, Any], by_name: dict[str, Results]) -> str:
+    """Whether the difference in best accuracy does what was conjectured, beside its standard error."""
+    (first, second), (third, fourth) = (
+        [by_name[name] for name in conjecture[key]] for key in ("before", "after")
+    )
+    before, before_error = first.estimate("best_accuracy").minus(second.estimate("best_accuracy"))
+    after, after_error = third.estimate("best_accuracy").minus(fourth.estimate("best_accuracy"))
+    value, error = after, after_error
+    if conjecture["expect"] == "grows":
+        value = after - before
+        error = None if before_error is None or after_error is None else math.hypot(before_error, after_error)
+    verdict = "yes" if value > 0 else "no"
+    if error is None:
+        verdict += ", by one seed"
+    elif abs(value) < 2 * error:
+        verdict = "not decided"
+    return (
+        f"Conjecture: {conjecture['text']}. {verdict.capitalize()}: {third.label} minus {fourth.label} is "
+        f"{signed(after, after_error)} points of best accuracy, and {first.label} minus {second.label} "
+        f"{signed(before, before_error)}."
+    )
+
+
+def signed(points: float, error: float | None) -> str:
+    return f"{points:+.2f}" + (f" ± {error:.2f}" if error is not None else "")
+
+
+def cost_finding(result: Results, baseline: Results) -> str:
+    """The ratio of the models' time for an image, since the runs may differ in their number of images."""
+    ratio = baseline.estimate("images_per_second").mean / result.estimate("images_per_second").mean
+    line = f"{result.label} takes {ratio:.1f} times as long an epoch as {baseline.label}"
+    if "epoch_seconds" in result.published and "epoch_seconds" in baseline.published:
+        line += f"; the study measured {result.published['epoch_seconds'] / baseline.published['epoch_seconds']:.1f}"
+    if result.eager and baseline.eager:
+        line += f"; eager PyTorch {baseline.eager['images_per_second'] / result.eager['images_per_second']:.1f}"
+    return f"{line}; its arithmetic is {result.forward_gflop / baseline.forward_gflop:.1f} times as much."
+
+
+def eager_finding(result: Results) -> str:
+    assert result.eager is not None
+    ours, eager = result.estimate("images_per_second").mean, result.eager["images_per_second"]
+    return (
+        f"fastres trains {result.model} at {ours:,.0f} images/s, {ours / eager:.1f} times the {eager:,.0f} of eager "
+        "PyTorch on the same machine."
+    )
+
+
+def first_to(results: list[Results], target: float) -> str | None:
+    """Which run reached ``target`` % with every seed in the least training time."""
+    times = {
+        result.label: mean(seconds)
+        for result in results
+        if len(seconds := result.seconds_to(target)) == len(result.histories)
+    }
+    if not times:
+        return None
+    fastest = min(times, key=lambda label: times[label])
+    return f"{target} % is reached first by {fastest}, after {times[fastest]:.1f} s of training."
+
+
+def provenance(study: dict[str, Any], results: list[Results]) -> str:
+    """Data, engine, versions and commit, each once for all values that the runs have."""
+    summaries = [summary for result in results for summary in result.summaries]
+    first = summaries[0]
+
+    def of_all(key: str) -> str:
+        return ", ".join(sorted({str(summary[key]) for summary in summaries}))
+
+    engine = ", ".join(f"{key.replace('_', '-')} {of_all(key)}" for key in ("amp", "channels_last", "compile", "fused"))
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    return "\n".join(
+        f"- {line}"
+        for line in (
+            f"study {study['study']}, begun {study['date']}; seeds {of_all('seed')}",
+            f"dataset {of_all('dataset')}: {of_all('train_images')} training images and {of_all('test_images')} test "
+            f"images of {first['num_classes']} classes ({', '.join(first['per_class_accuracy'])})",
+            f"device {of_all('device')}; loader {of_all('loader')}, {engine}",
+            f"{versions}; commit {of_all('commit')}",
+        )
+    )
+
+
+def one_of_each_model(results: list[Results]) -> list[Results]:
+    return list({result.model: result for result in reversed(results)}.values())[::-1]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def inline_pictures(html: str, folder: Path) -> str:
+    """``html`` with its pictures, which lie under ``folder``, as data URIs."""
+
+    def inline(match: re.Match[str]) -> str:
+        return f'src="data:image/png;base64,{base64.b64encode((folder / match[1]).read_bytes()).decode()}"'
+
+    return re.sub(r'src="([^"]+\.png)"', inline, html)
