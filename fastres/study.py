@@ -47,8 +47,12 @@ class StudyConfig:
     seeds: tuple[int, ...] = flag("Study", "comma-separated; every run is done once with each of them", (0,))
     scale: float = flag("Study", "fraction of the epochs, with milestones and warm-up; for a first look", 1.0)
     data_scale: float = flag("Study", "fraction of the training images; the test set stays whole", 1.0)
-    eager_cost: bool = flag("Study", f"also train {EAGER_EPOCHS} epochs of each model in eager PyTorch, to compare", True)
-    price_per_hour: float = flag("Study", "of the machine, in any currency, for the cost of each run; 0: not shown", 0.0)
+    eager_cost: bool = flag(
+        "Study", f"also train {EAGER_EPOCHS} epochs of each model in eager PyTorch, to compare", True
+    )
+    price_per_hour: float = flag(
+        "Study", "of the machine, in any currency, for the cost of each run; 0: not shown", 0.0
+    )
     output_dir: Path | None = flag("Study", "folder of the study; auto: runs/study-NAME", None)
 
     def __post_init__(self) -> None:
@@ -217,9 +221,7 @@ def check_folder(folder: Path, planned: list[PlannedRun], resume: bool) -> None:
                 )
 
 
-def describe(
-    study: Study, config: StudyConfig, overrides: dict[str, Any], planned: list[PlannedRun]
-) -> dict[str, Any]:
+def describe(study: Study, config: StudyConfig, overrides: dict[str, Any], planned: list[PlannedRun]) -> dict[str, Any]:
     """study.json: what the report needs to know beside the runs' own folders."""
     by_folder = {run.folder.name: run for run in planned}
     runs = []
@@ -265,8 +267,8 @@ def study_progress(console: Console, planned: list[PlannedRun]) -> Iterator[Call
         transient=True,
         disable=not console.is_terminal,
     ) as progress:
-        done = sum(run.work for run in planned if run.finished)
-        whole = progress.add_task("study", total=sum(run.work for run in planned), completed=done)
+        whole = progress.add_task("study", total=sum(run.work for run in planned))
+        progress.advance(whole, sum(run.work for run in planned if run.finished))
         part = progress.add_task("")
 
         def run_it(run: PlannedRun) -> None:

@@ -125,7 +125,7 @@ def draw(folder: Path, study: dict[str, Any], results: list[Results]) -> dict[st
     folder.mkdir(exist_ok=True)
     by_name = {result.name: result for result in results}
     note = scale_line(study)
-    figures = study["figures"] or [{"title": study["title"], "runs": list(by_name)}]
+    figures = study["figures"] or [{"title": "Accuracy and loss against epoch", "runs": list(by_name)}]
     drawn = {
         figure["title"]: study_plots.curves([by_name[name] for name in figure["runs"]], note) for figure in figures
     }
@@ -210,6 +210,11 @@ def number(estimate: Estimate, digits: int) -> str:
     return "" if math.isnan(estimate.mean) else estimate.text(digits)
 
 
+def rate(estimate: Estimate) -> str:
+    """Images a second, to three digits at least."""
+    return estimate.text(0 if estimate.mean >= 100 else 1)
+
+
 def accuracy_notes(study: dict[str, Any], results: list[Results]) -> str:
     seeds = len(results[0].summaries)
     notes = [f"Mean ± standard deviation over {seeds} seeds." if seeds > 1 else "One seed."]
@@ -237,7 +242,7 @@ def cost_table(results: list[Results]) -> str:
             f"{result.forward_gflop:.3f}",
             f"{result.estimate('params_millions').mean:.2f}",
             result.estimate("epoch_seconds").text(),
-            result.estimate("images_per_second").text(0),
+            rate(result.estimate("images_per_second")),
             result.estimate("peak_memory_mb").text(0),
         ]
         if eager:
@@ -245,7 +250,7 @@ def cost_table(results: list[Results]) -> str:
             ratio = result.estimate("images_per_second").mean / result.eager["images_per_second"]
             row += [
                 f"{result.eager['epoch_seconds']:,.2f}",
-                f"{result.eager['images_per_second']:,.0f}",
+                rate(Estimate.of([result.eager["images_per_second"]])),
                 f"{result.eager['peak_memory_mb']:,.0f}",
                 f"{ratio:.2f} x",
             ]
@@ -332,9 +337,7 @@ def difference(points: float, error: float | None = None) -> str:
 
 def conjecture_finding(conjecture: dict[str, Any], by_name: dict[str, Results]) -> str:
     """Whether the difference in best accuracy does what was conjectured, beside its standard error."""
-    (first, second), (third, fourth) = (
-        [by_name[name] for name in conjecture[key]] for key in ("before", "after")
-    )
+    (first, second), (third, fourth) = ([by_name[name] for name in conjecture[key]] for key in ("before", "after"))
     before, before_error = first.estimate("best_accuracy").minus(second.estimate("best_accuracy"))
     after, after_error = third.estimate("best_accuracy").minus(fourth.estimate("best_accuracy"))
     value, error = after, after_error
@@ -370,10 +373,10 @@ def cost_finding(result: Results, baseline: Results) -> str:
 
 def eager_finding(result: Results) -> str:
     assert result.eager is not None
-    ours, eager = result.estimate("images_per_second").mean, result.eager["images_per_second"]
+    ours, eager = result.estimate("images_per_second"), Estimate.of([result.eager["images_per_second"]])
     return (
-        f"fastres trains {result.model} at {ours:,.0f} images/s, {ours / eager:.1f} times the {eager:,.0f} of eager "
-        "PyTorch on the same machine."
+        f"fastres trains {result.model} at {rate(ours)} images/s, {ours.mean / eager.mean:.1f} times the {rate(eager)} "
+        "of eager PyTorch on the same machine."
     )
 
 

@@ -1,10 +1,12 @@
 """Figures of a study. Each takes its results and a line that says at which scale they were done, which it shows."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
+import matplotlib.colors
 
 matplotlib.use("Agg")
 
@@ -14,12 +16,12 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 if TYPE_CHECKING:
     from fastres.report.study import Results
 
-COLORS = plt.get_cmap("tab10").colors
+COLORS = list(matplotlib.colors.TABLEAU_COLORS)
 FEW_EPOCHS = 30  # up to here a point is marked at each
 CONFUSION_COLUMNS = 3
 
@@ -27,14 +29,16 @@ CONFUSION_COLUMNS = 3
 def curves(results: Sequence["Results"], note: str) -> Figure:
     """Accuracy and loss against epoch: mean over seeds, from the lowest to the highest shaded."""
     figure, (accuracy, loss) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for color, result in zip(COLORS, results, strict=False):
+    for color, result in zip(cycle(COLORS), results, strict=False):
         for axes, metric in ((accuracy, "accuracy"), (loss, "loss")):
             over_seeds(axes, result.histories, f"test_{metric}", color)
             over_seeds(axes, result.histories, f"train_{metric}", color, alpha=0.45, linestyle="--", linewidth=1)
         if "best_accuracy" in result.published:
             published = result.published["best_accuracy"]
             accuracy.plot(1.0, published, "<", color=color, transform=accuracy.get_yaxis_transform(), clip_on=False)
-    handles = [Line2D([], [], color=color, label=result.label) for color, result in zip(COLORS, results, strict=False)]
+    handles = [
+        Line2D([], [], color=color, label=result.label) for color, result in zip(cycle(COLORS), results, strict=False)
+    ]
     handles += [
         Line2D([], [], color="0.3", label="test"),
         Line2D([], [], color="0.3", alpha=0.6, linestyle="--", linewidth=1, label="train"),
@@ -50,7 +54,7 @@ def curves(results: Sequence["Results"], note: str) -> Figure:
     return figure
 
 
-def over_seeds(axes: Axes, histories: list[pd.DataFrame], column: str, color: object, **style: object) -> None:
+def over_seeds(axes: Axes, histories: list[pd.DataFrame], column: str, color: str, **style: Any) -> None:
     values = np.stack([history[column] for history in histories])
     epochs = histories[0]["epoch"]
     marker = "o" if len(epochs) <= FEW_EPOCHS else ""
@@ -63,19 +67,28 @@ def pareto(results: Sequence["Results"], note: str) -> Figure:
     """Test accuracy against seconds of training, a point an epoch, and the best that any run has by then."""
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     points = []
-    for color, result in zip(np.resize(COLORS, (len(results), 3)), results, strict=True):
+    for color, result in zip(cycle(COLORS), results, strict=False):
         seconds = np.mean([history["epoch_seconds"].cumsum() for history in result.histories], axis=0)
         accuracy = np.mean([history["test_accuracy"] for history in result.histories], axis=0)
-        axes.plot(seconds, accuracy, color=color, marker="o", markersize=3, linewidth=0.8, alpha=0.7, label=result.label)
+        axes.plot(
+            seconds, accuracy, color=color, marker="o", markersize=3, linewidth=0.8, alpha=0.7, label=result.label
+        )
         points += list(zip(seconds, accuracy, strict=True))
     points.sort()
     front = np.maximum.accumulate([accuracy for _, accuracy in points])
     times = [seconds for seconds, _ in points]
     axes.step(times, front, where="post", color="0.2", linewidth=1.6, alpha=0.6, label="Pareto front", zorder=0)
     axes.set(xlabel="seconds of training, evaluation not counted", ylabel="test accuracy, %", xscale="log")
+    for place in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        place(FuncFormatter(plain))
     axes.legend(frameon=False, loc="lower right", fontsize="small")
     finish(figure, note)
     return figure
+
+
+def plain(seconds: float, position: int) -> str:
+    """The tick's number where its first digit is 1, 2 or 5, so that ticks of a logarithmic axis do not crowd."""
+    return f"{seconds:g}" if f"{seconds:e}"[0] in "125" else ""
 
 
 def confusion(results: Sequence["Results"], note: str) -> Figure:
@@ -83,6 +96,7 @@ def confusion(results: Sequence["Results"], note: str) -> Figure:
     columns = min(len(results), CONFUSION_COLUMNS)
     rows = -(-len(results) // columns)
     classes = list(results[0].summaries[0]["per_class_accuracy"])
+    size, turn = ("medium", 0) if len(classes) <= 5 else ("x-small", 90)
     side = max(3.6, 0.55 * len(classes))
     figure, grid = plt.subplots(
         rows, columns, figsize=(side * columns, (side + 0.2) * rows), layout="constrained", squeeze=False
@@ -92,11 +106,9 @@ def confusion(results: Sequence["Results"], note: str) -> Figure:
         percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
         axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
         for (true, predicted), value in np.ndenumerate(percent):
-            axes.text(
-                predicted, true, f"{value:.1f}", ha="center", va="center", fontsize="x-small" if len(classes) > 5 else None,
-                color="white" if value > 60 else "0.2",
-            )  # fmt: skip
-        axes.set_xticks(range(len(classes)), classes, rotation=90 if len(classes) > 5 else 0)
+            color = "white" if value > 60 else "0.2"
+            axes.text(predicted, true, f"{value:.1f}", ha="center", va="center", color=color, fontsize=size)
+        axes.set_xticks(range(len(classes)), classes, rotation=turn)
         axes.set_yticks(range(len(classes)), classes)
         axes.set_title(result.label, fontsize="medium")
         axes.set(xlabel="predicted", ylabel="true, % of its images")
