@@ -321,6 +321,8 @@ def execute(run: PlannedRun, advance: Callable[[float], None]) -> dict[str, Any]
 
 def _train(given: dict[str, Any], resume: Path | None, sender: Connection) -> None:
     """In the run's process: sends the fraction of the run that each step is."""
+    # this process inherits the study's start method, and the eager loader's workers would start seconds later with it
+    multiprocessing.set_start_method(None, force=True)
     try:
         run = prepare(given, resume, Console(quiet=True))
         step = 1 / (run.config.epochs * len(run.train_loader))
