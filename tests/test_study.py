@@ -1,0 +1,222 @@
+"""A study from its file to its report, on real runs of seconds, and one clear line for whatever is wrong with it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from typing import get_type_hints
+
+import pandas as pd
+import pytest
+
+from fastres import study
+from fastres.config import TrainConfig
+from fastres.studies import RESERVED, TOML_TYPES, list_studies, load_study
+from tests.conftest import CommandLine
+
+TINY = """
+title = "Two learning rates"
+source = "nobody"
+[flags]
+model = "vgg11"
+dataset = "folder"
+epochs = 3
+batch-size = 20
+device = "cpu"
+[runs.low]
+flags = { lr = 0.01 }
+published = { best_accuracy = 75.25, epoch_seconds = 4 }
+[runs.high]
+label = "high rate"
+flags = { lr = 0.02 }
+"""
+
+
+@pytest.fixture
+def study_file(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def command_line(capfd):
+    return CommandLine(capfd, study.main)
+
+
+@pytest.fixture
+def flags(study_file, image_folder, tmp_path):
+    return [study_file, "--data-dir", image_folder, "--output-dir", tmp_path / "out"]
+
+
+def markdown_rows(report):
+    """Cells of every table's rows, by the text of the first cell."""
+    lines = [line.strip("| ").split(" | ") for line in report.splitlines() if line.startswith("| **")]
+    return {(cells[0].strip("*"), len(cells)): cells[1:] for cells in lines}
+
+
+def test_a_study_of_two_runs(command_line, flags, tmp_path):
+    assert command_line(*flags, "--scale", 0.5, "--data-scale", 0.7, "--price-per-hour", 3600) == 0
+    out = tmp_path / "out"
+    assert re.findall(r"^(\d)/3 (\S+.*):", command_line.out, re.M) == [
+        ("1", "low, seed 0"), ("2", "high rate, seed 0"), ("3", "vgg11, eager"),
+    ]  # fmt: skip
+    report = (out / "report.md").read_text()
+    assert "Scaled down: 50 % of the epochs and 70 % of the training images" in report
+    rows = markdown_rows(report)
+    for name, label in (("low", "low"), ("high", "high rate")):
+        history = pd.read_csv(out / f"{name}-seed0/history.csv")
+        summary = json.loads((out / f"{name}-seed0/summary.json").read_text())
+        assert summary["train_images"] == 42
+        assert rows[label, 8] == [
+            f"{history['test_accuracy'].max():.2f}",
+            f"{history['test_accuracy'].iloc[-1]:.2f}",
+            f"{history['test_accuracy'].mean():.2f}",
+            f"{history['test_accuracy'].std():.2f}",
+            f"{summary['test_loss']:,.4f}",
+            f"{summary['params_millions']:.2f}",
+            "2",
+        ]
+        cost = rows[label, 6]
+        assert cost[-2:] == [f"{summary['train_seconds']:.1f}", f"{summary['train_seconds']:.4f}"]
+    eager = json.loads((out / "eager-vgg11/summary.json").read_text())
+    assert (eager["loader"], eager["amp"], eager["channels_last"], eager["fused"]) == ("eager", "off", False, False)
+    low = json.loads((out / "low-seed0/summary.json").read_text())
+    assert f"{low['images_per_second'] / eager['images_per_second']:.2f} x" in rows["vgg11", 11]
+
+    assert "already holds a study; add --resume" in one_line(command_line, *flags)
+    assert "was started with train-fraction 0.7, and would now have 1.0" in one_line(command_line, *flags, "--resume")
+
+
+def test_an_interrupted_study_goes_on(command_line, flags, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fastres.study", *map(str, flags), "--no-eager-cost"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not (out / "high-seed0/last.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C
+    _, error = process.communicate()
+    assert process.returncode == 130
+    assert error.count("\n") == 1
+    assert "interrupted; --resume goes on" in error
+    assert not (out / "high-seed0/summary.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (out / "low-seed0").iterdir()}
+    first = (out / "high-seed0/history.csv").read_text().splitlines()[:2]
+
+    assert command_line(*flags, "--no-eager-cost", "--resume") == 0
+    assert re.findall(r"^\d/2 (.*):", command_line.out, re.M) == ["high rate, seed 0"]
+    assert kept == {path: path.stat().st_mtime_ns for path in (out / "low-seed0").iterdir()}
+    history = (out / "high-seed0/history.csv").read_text().splitlines()
+    assert history[:2] == first
+    assert len(history) == 1 + 3
+    assert (out / "report.html").exists()
+
+
+def test_dry_run_writes_nothing(command_line, flags, tmp_path):
+    assert command_line(*flags, "--dry-run", "--seeds", "0,1") == 0
+    assert "5 runs" in command_line.out
+    assert "2 measured steps" in command_line.out
+    assert re.search(r"about .* in all", command_line.out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_built_in_studies():
+    assert list_studies() == ["architecture", "augmentation", "residual", "schedule", "zero-gamma"]
+    conjectures = load_study("schedule").conjectures
+    assert len(conjectures) == 4
+    cosine = {run.name: run for run in load_study("schedule").runs}["resnet50-cosine"]
+    assert cosine.flags["schedule"] == "cosine"
+    assert not cosine.published
+
+
+@pytest.mark.parametrize("name", list_studies())
+def test_built_in_studies_are_runs_that_train(name, arrays, tmp_path):
+    def load(*_):
+        return arrays, "arrays"
+
+    config = study.StudyConfig(scale=0.1)
+    for definition in load_study(name).runs:
+        planned = study.plan_run(definition, 0, config, {"batch_size": 20, "device": "cpu"}, tmp_path, load)
+        assert planned.config.epochs == (10 if name == "residual" else 2)
+        assert planned.config.milestones == ((5, 8) if name == "residual" else ())
+        assert planned.config.zero_gamma == ("gamma0" in definition.name)
+
+
+def test_mini_cifar10_from_files_takes_its_three_classes(arrays, tmp_path):
+    asked = []
+
+    def load(*dataset):
+        asked.append(dataset)
+        return arrays, "arrays"
+
+    overrides = {"dataset": "folder", "data_dir": tmp_path, "batch_size": 20}
+    study.plan_run(load_study("architecture").runs[0], 0, study.StudyConfig(), overrides, tmp_path, load)
+    assert asked == [("folder", tmp_path, ("airplane", "automobile", "bird"))]
+
+
+def one_line(command_line, *arguments):
+    """The error line of a call that must end with code 2 and print nothing else."""
+    assert command_line(*arguments) == 2
+    assert command_line.err.count("\n") == 1
+    assert "Traceback" not in command_line.out + command_line.err
+    return command_line.err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("lr = 0.02", "learning-rate = 0.02", r"tiny.toml: unknown key runs.high.flags.learning_rate; there are .*lr"),
+        ("epochs", "epoch", r"unknown key flags.epoch; did you mean epochs"),
+        ("lr = 0.02", 'lr = "fast"', r"runs.high.flags.lr: must be a number, not 'fast'"),
+        ("lr = 0.02", "lr = nan", r"runs.high.flags.lr: must be a number, not nan"),
+        ("epochs = 3", "epochs = true", r"flags.epochs: must be an integer, not True"),
+        ("epochs = 3", "epochs = 3.5", r"flags.epochs: must be an integer, not 3.5"),
+        ('"vgg11"', '"vgg12"', r"flags.model: no choice 'vgg12'; there are .*vgg11"),
+        ("lr = 0.02", "lr = -1", r"tiny, run high: --lr -1.0: must be positive"),
+        ("lr = 0.02", "zero-gamma = true", r"tiny, run high: --zero-gamma: vgg11 has no residual blocks"),
+        ("lr = 0.02", "seed = 1", r"runs.high.flags.seed: leave it out; --seeds gives the seeds"),
+        ("lr = 0.02", 'classes = ["cow"]', r"tiny, run high: --classes: .* has no cow"),
+        ("lr = 0.02", "batch-size = 90", r"tiny, run high: --batch-size 90: larger than the training set of 60"),
+        ("best_accuracy", "accuracy", r"unknown key runs.low.published.accuracy; did you mean .*best_accuracy"),
+        ("75.25", '"high"', r"runs.low.published.best_accuracy: must be a number"),
+        ("[flags]", 'include = ["architecture/vgg17"]\n[flags]', r"include architecture/vgg17: .* has the runs vgg16"),
+        ("[flags]", 'figures = [{title = "x", runs = ["lo"]}]\n[flags]', r"figures.runs: no run lo; there are low"),
+        ("[flags]", "flags", r"tiny.toml: not readable as TOML"),
+        (TINY, "title = 'nothing'", r"tiny.toml: no runs; add a table"),
+        (TINY, "runs = 3", r"tiny.toml: runs: must be a table, not 3"),
+    ],
+)
+def test_bad_files(old, new, message, command_line, flags, study_file, tmp_path):
+    assert old in TINY
+    study_file.write_text(TINY.replace(old, new))
+    assert re.search(message, one_line(command_line, *flags))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0,0"], "--seeds: a seed is named twice"),
+        (["--seeds", "a"], "--seeds: invalid"),
+        (["--scale", "0"], r"--scale 0.0: must be in \(0, 1\]"),
+        (["--data-scale", "2"], r"--data-scale 2.0: must be in \(0, 1\]"),
+        (["--price-per-hour", "-1"], "--price-per-hour -1.0: must not be negative"),
+        (["--resume"], "--resume: .* holds no study"),
+        (["--data-dir", "nowhere"], "tiny, run low: --data-dir nowhere: no folder train/"),
+    ],
+)
+def test_bad_flags(arguments, message, command_line, flags, tmp_path):
+    assert re.search(message, one_line(command_line, *flags, *arguments))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_study(command_line):
+    assert "architectur: no such study; there are architecture, " in one_line(command_line, "architectur")
+
+
+def test_a_file_can_set_every_flag_but_the_reserved():
+    hints = get_type_hints(TrainConfig)
+    assert {name for name, kind in hints.items() if kind not in TOML_TYPES} <= set(RESERVED)
