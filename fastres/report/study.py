@@ -373,7 +373,8 @@ def cost_finding(result: Results, baseline: Results) -> str:
 
 def eager_finding(result: Results) -> str:
     assert result.eager is not None
-    ours, eager = result.estimate("images_per_second"), Estimate.of([result.eager["images_per_second"]])
+    ours = Estimate.of([result.estimate("images_per_second").mean])
+    eager = Estimate.of([result.eager["images_per_second"]])
     return (
         f"fastres trains {result.model} at {rate(ours)} images/s, {ours.mean / eager.mean:.1f} times the {rate(eager)} "
         "of eager PyTorch on the same machine."

@@ -1,0 +1,197 @@
+"""The report of a study, on folders whose figures are known: tables, findings, pictures, and the page in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pandas as pd
+import pytest
+
+from fastres.errors import UserError
+from fastres.report.study import write_report
+
+ACCURACIES = {  # test accuracy of each epoch, in percent
+    "vgg": {0: [70, 81, 88, 92, 93, 91], 1: [72, 83, 89, 90, 95, 94]},
+    "resnet": {0: [60, 72, 79, 84, 86, 88], 1: [62, 75, 81, 85, 88, 87]},
+}
+SECONDS = {"vgg": 2.0, "resnet": 9.0, "eager-vgg": 5.0, "eager-resnet": 30.0}  # of an epoch
+IMAGES = 1000
+
+
+def write_run(folder, model, accuracies, seconds):
+    """The part of a run's folder that a report reads."""
+    folder.mkdir(parents=True)
+    epochs = range(1, len(accuracies) + 1)
+    pd.DataFrame(
+        {
+            "epoch": epochs,
+            "train_loss": [2 / epoch for epoch in epochs],
+            "train_accuracy": accuracies,
+            "test_loss": [2.5 / epoch for epoch in epochs],
+            "test_accuracy": accuracies,
+            "epoch_seconds": seconds,
+        }
+    ).to_csv(folder / "history.csv", index=False)
+    summary = {
+        "model": model,
+        "dataset": "cifar",
+        "num_classes": 2,
+        "train_images": IMAGES,
+        "test_images": 200,
+        "params_millions": 14.7,
+        "epochs": len(accuracies),
+        "best_selected_on": "test",
+        "best_accuracy": max(accuracies),
+        "last_accuracy": accuracies[-1],
+        "test_loss": 0.25,
+        "per_class_accuracy": {"cat": 90.0, "dog": 80.0},
+        "confusion_matrix": [[90, 10], [20, 80]],
+        "epoch_seconds": seconds,
+        "images_per_second": IMAGES / seconds,
+        "train_seconds": seconds * len(accuracies),
+        "peak_memory_mb": 900.0,
+        "device": "some GPU",
+        "loader": "dali",
+        "amp": "bf16",
+        "channels_last": True,
+        "compile": True,
+        "fused": True,
+        "seed": 0,
+        "versions": {"torch": "2.11"},
+        "commit": "abc",
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+@pytest.fixture
+def study():
+    """study.json of two models with two seeds each, at full scale."""
+
+    def run(name, label, gflop, published):
+        folders = [f"{name}-seed{seed}" for seed in (0, 1)]
+        return {
+            "name": name, "label": label, "folders": folders, "eager_folder": f"eager-{name}", "forward_gflop": gflop,
+            "published": published,
+        }  # fmt: skip
+
+    return {
+        "study": "architecture",
+        "title": "VGG <against> ResNet",
+        "source": "Study A",
+        "date": "2026-01-01 00:00 UTC",
+        "scale": 1.0,
+        "data_scale": 1.0,
+        "overrides": {},
+        "runs": [
+            run("vgg", "VGG-16", 0.6, {"best_accuracy": 94.17, "epoch_seconds": 6.28}),
+            run("resnet", "ResNet-50", 2.4, {"best_accuracy": 85.80, "epoch_seconds": 51.56}),
+        ],
+        "figures": [],
+        "conjectures": [],
+    }
+
+
+@pytest.fixture
+def report_of(study, tmp_path):
+    """Writes the report of ``study`` as it is changed, and returns its Markdown."""
+    for name, seeds in ACCURACIES.items():
+        for seed, accuracies in seeds.items():
+            write_run(tmp_path / f"{name}-seed{seed}", name, accuracies, SECONDS[name])
+        write_run(tmp_path / f"eager-{name}", name, [50.0], SECONDS[f"eager-{name}"])
+
+    def write(price_per_hour=0.0, **changes):
+        (tmp_path / "study.json").write_text(json.dumps(study | changes))
+        return write_report(tmp_path, price_per_hour).with_suffix(".md").read_text()
+
+    return write
+
+
+def test_accuracy_is_mean_and_deviation_over_seeds_beside_the_published(report_of):
+    report = report_of()
+    assert "| **VGG-16** | 94.00 ± 1.41 | 92.50 ± 2.12 | 85.30 ± 0.71 | 9.17 ± 0.50 | 0.2500 ± 0.0000 |" in report
+    assert "| *published* | 94.17 |" in report
+    assert "± standard deviation over 2 seeds" in report
+
+
+def test_cost_beside_eager_and_published(report_of):
+    report = report_of(price_per_hour=100)
+    assert (
+        "| **resnet** | 2.400 | 14.70 | 9.00 ± 0.00 | 111 ± 0 | 900 ± 0 | 30.00 | 33.3 | 900 | 3.33 x | 51.56 |"
+        in report
+    )
+    assert "| **VGG-16** | 4.0 ± 0.0 | 6.0 ± 0.0 | 8.0 ± 0.0 | 12.0 ± 0.0 | 0.3333 |" in report
+    assert "| **ResNet-50** | 31.5 ± 6.4 | 40.5 ± 6.4 | not reached | 54.0 ± 0.0 | 1.5000 |" in report
+
+
+def test_findings_are_computed(report_of):
+    report = report_of()
+    for line in (
+        "ResNet-50: best accuracy 88.00 %, 6.00 points (± 1.00) lower than VGG-16 (94.00 %); the study measured 8.37 "
+        "points lower.",
+        "ResNet-50 takes 4.5 times as long an epoch as VGG-16; the study measured 8.2; eager PyTorch 6.0; its "
+        "arithmetic is 4.0 times as much.",
+        "fastres trains vgg at 500 images/s, 2.5 times the 200 of eager PyTorch on the same machine.",
+        "90 % is reached first by VGG-16, after 8.0 s of training.",
+    ):
+        assert f"- {line}\n" in report
+
+
+@pytest.mark.parametrize(
+    ("expect", "pairs", "verdict"),
+    [
+        ("grows", [("resnet", "vgg"), ("vgg", "resnet")], "Yes: VGG-16 minus ResNet-50 is +6.00 ± 1.00"),
+        ("grows", [("vgg", "resnet"), ("resnet", "vgg")], "No: ResNet-50 minus VGG-16 is -6.00 ± 1.00"),
+        ("grows", [("vgg", "resnet"), ("vgg", "resnet")], "Not decided: VGG-16 minus ResNet-50 is +6.00 ± 1.00"),
+        ("stays positive", [("vgg", "resnet"), ("vgg", "resnet")], "Yes: VGG-16 minus ResNet-50 is +6.00 ± 1.00"),
+    ],
+)
+def test_conjectures_are_judged_by_their_standard_error(expect, pairs, verdict, report_of):
+    conjecture = {"text": "it does", "expect": expect, "before": pairs[0], "after": pairs[1]}
+    assert f"- Conjecture: it does. {verdict} points of best accuracy" in report_of(conjectures=[conjecture])
+
+
+def test_one_seed_has_no_deviation(report_of, study):
+    runs = [run | {"folders": run["folders"][:1], "eager_folder": None} for run in study["runs"]]
+    report = report_of(runs=runs)
+    assert "±" not in report
+    assert "eager" not in report
+    assert "| **VGG-16** | 93.00 | 91.00 | 84.80 | 9.52 | 0.2500 | 14.70 | 6 |" in report
+
+
+def test_the_scale_is_everywhere(report_of, tmp_path):
+    report = report_of(scale=0.1, data_scale=0.25, overrides={"device": "cpu"})
+    line = "Scaled down: 10 % of the epochs and 25 % of the training images; changed on the command line: device cpu"
+    assert f"**{line}**" in report
+    assert f'<div class="scale">{line}</div>' in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_that_is_not_there(report_of, tmp_path):
+    shutil.rmtree(tmp_path / "resnet-seed1")
+    with pytest.raises(UserError, match=r"not all there .*resnet-seed1.*add --resume"):
+        report_of()
+
+
+def test_the_page_needs_nothing_beside_it(report_of, tmp_path):
+    report_of()
+    page = (tmp_path / "report.html").read_text()
+    assert "VGG &lt;against&gt; ResNet" in page
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert len(sources) == 3
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_the_page_opens_in_a_browser_with_its_pictures(report_of, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no chromium on PATH")
+    report_of()
+    page = tmp_path / "alone" / "report.html"
+    page.parent.mkdir()
+    sizes = "<script>onload = () => document.title = [...document.images].map(image => image.naturalWidth)</script>"
+    page.write_text((tmp_path / "report.html").read_text() + sizes)
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60)
+    widths = [int(width) for width in re.search(r"<title>(.*?)</title>", done.stdout)[1].split(",")]
+    assert len(widths) == 3
+    assert min(widths) > 500
