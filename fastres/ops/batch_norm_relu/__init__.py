@@ -141,38 +141,41 @@ def _(grad, x, output, weight, bias, mean, var, training, eps, relu):  # type: i
     return dx, dz, torch.empty_like(mean), torch.empty_like(mean)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, residual, weight, bias, _, _, training, eps, relu = inputs
-    y, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
-    ctx.set_materialize_grads(False)
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(x, y if ctx.has_residual and relu else None, weight, bias, mean, var)
-    ctx.options = training, eps, relu
+class _BatchNormReLU(torch.autograd.Function):
+    """The gradient of the registered operator, by the registered backward operator."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, running_mean, running_var, training, eps, relu):  # type: ignore[no-untyped-def]
+        with torch._C._AutoDispatchBelowAutograd():
+            y, mean, var = torch.ops.fastres.batch_norm_relu.default(
+                x, residual, weight, bias, running_mean, running_var, training, eps, relu
+            )
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(x, y if ctx.has_residual and relu else None, weight, bias, mean, var)
+        ctx.options = training, eps, relu
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        if grad is None:
+            return (None,) * 9
+        x, output, weight, bias, mean, var = ctx.saved_tensors
+        dx, dz, dweight, dbias = torch.ops.fastres.batch_norm_relu_backward.default(
+            grad, x, output, weight, bias, mean, var, *ctx.options
+        )
+        return (
+            dx,
+            (grad if output is None else dz) if ctx.has_residual else None,
+            None if weight is None else dweight.to(weight.dtype),
+            None if bias is None else dbias.to(bias.dtype),
+            *(None,) * 5,
+        )
 
 
-def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    x, output, weight, bias, mean, var = ctx.saved_tensors
-    if grad is None:
-        return (None,) * 9
-    dx, dz, dweight, dbias = torch.ops.fastres.batch_norm_relu_backward(
-        grad, x, output, weight, bias, mean, var, *ctx.options
-    )
-    dresidual = None
-    if ctx.has_residual:
-        dresidual = grad if output is None else dz
-    return (
-        dx,
-        dresidual,
-        None if weight is None else dweight.to(weight.dtype),
-        None if bias is None else dbias.to(bias.dtype),
-        *(None,) * 5,
-    )
-
-
-torch.library.register_autograd(
-    "fastres::batch_norm_relu", _backward, setup_context=_setup_context, lib=library
-)
+# Not torch.library.register_autograd: forward and backward of a call then cost 18 us more.
+library.impl("batch_norm_relu", _BatchNormReLU.apply, "Autograd")
 
 try:
     import fastres._C  # noqa: F401
