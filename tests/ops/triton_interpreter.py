@@ -6,7 +6,7 @@ import torch
 
 from fastres.ops.batch_norm_relu import triton_kernels
 
-SHAPES = [(2, 3, 5, 7), (4, 20, 3, 3), (2, 5, 1, 1), (3, 6, 70, 70), (9, 130, 12, 12)]
+SHAPES = [(2, 3, 5, 7), (4, 20, 3, 3), (2, 5, 1, 1), (3, 6, 40, 40), (9, 18, 12, 12)]
 
 
 def reference(x, residual, weight, bias, mean, var, training, eps, relu):
@@ -65,7 +65,7 @@ def test_agrees_with_float64(shape, dtype, channels_last, has_residual, relu, tr
     assert y.stride() == x.stride() == dx.stride()
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (3, 6, 70, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (3, 6, 40, 40)], ids=str)
 def test_large_mean_and_small_variance(shape):
     x = (torch.randn(shape) * 0.1 + 1e4).to(memory_format=torch.channels_last)
     _, mean, var = triton_kernels.forward(x, None, None, None, None, None, True, 1e-5, True)
@@ -74,7 +74,7 @@ def test_large_mean_and_small_variance(shape):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (3, 6, 70, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (3, 6, 40, 40)], ids=str)
 def test_what_is_not_finite_stays_in_its_channel(shape, value):
     x = torch.randn(shape)
     x[0, 1, 0, 0] = value
