@@ -58,13 +58,23 @@ def assert_close(actual, expected, tolerance):
         torch.testing.assert_close(a.double() / scale, e.double() / scale, rtol=0, atol=tolerance)
 
 
+def run_pytest(*arguments, **environment):
+    """pytest in a process of its own, with what must be in the environment from the start."""
+    command = [sys.executable, "-m", "pytest", "-q", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
 class TestAgainstFloat64:
     """Output, running statistics and every gradient, against PyTorch's own operators in float64."""
 
     @pytest.mark.parametrize("device", DEVICES)
     @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("shape", [(4, 64, 8, 8), (3, 5, 7, 3), (5, 33, 1, 1), (1, 7, 9, 10), (6, 17), (2, 50, 700)], ids=str)  # noqa: E501  # fmt: skip
+    @pytest.mark.parametrize(
+        "shape", [(4, 64, 8, 8), (3, 5, 7, 3), (5, 33, 1, 1), (1, 7, 9, 10), (6, 17), (2, 50, 70)], ids=str
+    )
     @pytest.mark.parametrize("has_residual", [False, True])
     def test_grid(self, device, dtype, layout, shape, has_residual):
         torch.manual_seed(0)
@@ -90,18 +100,11 @@ class TestAgainstFloat64:
     @pytest.mark.parametrize("capability", ["avx2", "default"])
     def test_other_instruction_sets(self, capability):
         """The grid again with what an older processor would run."""
-        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-        command = [sys.executable, "-m", "pytest", "-q", "-k", "test_grid and cpu", __file__]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout
+        run_pytest("-k", "test_grid and cpu", __file__, ATEN_CPU_CAPABILITY=capability)
 
     def test_triton_kernels_in_the_interpreter(self):
         pytest.importorskip("triton")
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        tests = Path(__file__).with_name("triton_interpreter.py")
-        command = [sys.executable, "-m", "pytest", "-q", str(tests)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout
+        run_pytest(str(Path(__file__).with_name("triton_interpreter.py")), TRITON_INTERPRET="1")
 
 
 class TestRegistration:
@@ -138,7 +141,13 @@ class TestRegistration:
 
         def function(x, residual, weight, bias):
             return batch_norm_relu(
-                x, *(r.clone() for r in running), weight, bias, residual=residual, training=training, relu=relu
+                x,
+                *(r.clone() for r in running),
+                weight,
+                bias,
+                residual=residual,
+                training=training,
+                relu=relu,
             )
 
         leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
@@ -225,7 +234,6 @@ class TestStability:
     def test_what_is_not_finite_goes_through_as_in_torch(self, dtype, value, where):
         torch.manual_seed(0)
         x = tensor((4, 5, 6, 6), "contiguous", dtype)
-        x[:, 2].reshape(-1)  # channel 2 alone is not finite
         x[where // 36, 2, where % 36 // 6, where % 6] = value
         arguments = x, None, parameters(5, dtype), tensor((4, 5, 6, 6), "contiguous", dtype)
         actual = run(batch_norm_relu, *arguments)
@@ -262,7 +270,12 @@ class TestArguments:
                 function(torch.randn(1, 3, 1, 1), None, None)
             messages.append(str(error.value))
         assert messages[0] == messages[1]
-        assert batch_norm_relu(torch.randn(1, 3, 1, 1), *parameters(3)[2:], training=False).shape == (1, 3, 1, 1)
+        assert batch_norm_relu(torch.randn(1, 3, 1, 1), *parameters(3)[2:], training=False).shape == (
+            1,
+            3,
+            1,
+            1,
+        )
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

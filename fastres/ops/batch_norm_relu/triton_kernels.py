@@ -36,7 +36,9 @@ def tiling(rows: int, channels: int, channels_last: bool) -> Tiling:
         return Tiling(True, triton.next_power_of_2(rows), once_channels, 1, 8)
     block_channels = min(64, triton.next_power_of_2(channels)) if channels_last else 1
     block_rows = 4096 // block_channels
-    programs = 512 // triton.cdiv(channels, block_channels)  # about four for each multiprocessor of a large GPU
+    programs = 512 // triton.cdiv(
+        channels, block_channels
+    )  # about four for each multiprocessor of a large GPU
     splits = max(1, min(programs, triton.cdiv(rows, 4 * block_rows)))
     return Tiling(False, block_rows, block_channels, splits, 8)
 
@@ -60,7 +62,9 @@ def _affine(channel, valid, weight, bias, mean, var, eps, dtype: tl.constexpr):
 
 
 @triton.jit
-def _normalized(x, residual, offsets, valid, mean, scale, bias, has_residual: tl.constexpr, relu: tl.constexpr):
+def _normalized(
+    x, residual, offsets, valid, mean, scale, bias, has_residual: tl.constexpr, relu: tl.constexpr
+):
     z = (x - mean[None, :]) * scale[None, :] + bias[None, :]
     if has_residual:
         z += tl.load(residual + offsets, valid, other=0.0).to(z.dtype)
@@ -70,7 +74,9 @@ def _normalized(x, residual, offsets, valid, mean, scale, bias, has_residual: tl
 
 
 @triton.jit
-def _before_relu(dy, centered, y, offsets, valid, scale, bias, has_residual: tl.constexpr, relu: tl.constexpr):
+def _before_relu(
+    dy, centered, y, offsets, valid, scale, bias, has_residual: tl.constexpr, relu: tl.constexpr
+):
     """The gradient of what ReLU was applied to; without a residual, the sign of y is recomputed from x."""
     if relu:
         if has_residual:
@@ -127,7 +133,9 @@ def split_moments(
     for start in range(begin, end, block_rows):
         row = start + tl.arange(0, block_rows)
         valid = (row < end)[:, None] & valid_channel[None, :]
-        values = tl.load(x + _offsets(row, channel, plane, channels, channels_last), valid, other=0.0).to(dtype)
+        values = tl.load(x + _offsets(row, channel, plane, channels, channels_last), valid, other=0.0).to(
+            dtype
+        )
         shifted = tl.where(valid, values - shift[None, :], 0.0)
         sums += shifted
         squares += shifted * shifted
@@ -170,7 +178,9 @@ def normalize(
     channel = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     valid = (row < rows)[:, None] & (channel < channels)[None, :]
     offsets = _offsets(row, channel, plane, channels, channels_last)
-    mean_c, invstd, weight_c, bias_c = _affine(channel, channel < channels, weight, bias, mean, var, eps, dtype)
+    mean_c, invstd, weight_c, bias_c = _affine(
+        channel, channel < channels, weight, bias, mean, var, eps, dtype
+    )
     values = tl.load(x + offsets, valid, other=0.0).to(dtype)
     z = _normalized(values, residual, offsets, valid, mean_c, weight_c * invstd, bias_c, has_residual, relu)
     tl.store(y + offsets, z.to(y.dtype.element_ty), valid)
@@ -365,7 +375,21 @@ def backward(
     if launch.tiling.once:
         dweight, dbias = torch.empty_like(mean), torch.empty_like(mean)
         backward_once[launch.channel_grid](
-            grad, x, y, weight, bias, mean, var, dx, dz, dweight, dbias, *shape, eps, training=training, **flags
+            grad,
+            x,
+            y,
+            weight,
+            bias,
+            mean,
+            var,
+            dx,
+            dz,
+            dweight,
+            dbias,
+            *shape,
+            eps,
+            training=training,
+            **flags,
         )
         return dx, dz, dweight, dbias
     dweights, dbiases = mean.new_empty(2, launch.splits, launch.channels).unbind()
