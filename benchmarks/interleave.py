@@ -10,8 +10,8 @@ import torch
 def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
     """Seconds of each candidate in each round, `[rounds]`; a round runs every candidate once.
 
-    Whatever else the machine does then slows all of them alike. Each runs once beforehand, to warm up, and the
-    device is waited for on both sides of a measurement.
+    Whatever else the machine does then slows all of them alike. Each runs once beforehand, to warm up. A GPU
+    is waited for on both sides of a measurement.
     """
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for run in candidates.values():

@@ -2,9 +2,9 @@
 
     python -m pytest benchmarks/test_batch_norm_relu.py --benchmark-only --benchmark-json=FILE
 
-bfloat16 activations, float32 parameters, channels-last. The candidates run in interleaved rounds; `extra_info` holds
-how many times as long as the fused operator each took. `copy` is what copying as many bytes takes as the fused
-operator's passes read and write: the limit. FASTRES_BENCHMARK_BATCH=32 makes a quick run.
+bfloat16 activations, float32 parameters, channels-last. The candidates run in interleaved rounds, and
+`extra_info` holds how many times as long as the fused operator each took. `copy` is the limit: the time that
+copying takes for the bytes that the operator's passes move. FASTRES_BENCHMARK_BATCH=32 makes a quick run.
 """
 
 import os
@@ -60,7 +60,7 @@ def test_batch_norm_relu(benchmark, shape, direction, has_residual):
     leaves = [t.requires_grad_(direction != "forward") for t in (x, weight, bias)]
     if has_residual:
         leaves.append(residual.requires_grad_(direction != "forward"))
-    # Tensors read and written: x twice and y; then grad and x twice and dx. With a residual, that; then y and dz.
+    # Tensors read and written: x twice and y; grad and x twice and dx. A residual adds itself; y and dz.
     tensors = 3 + has_residual
     if direction != "forward":
         tensors += 5 + 2 * has_residual

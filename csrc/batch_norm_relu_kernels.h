@@ -1,8 +1,10 @@
-// The inner loops of batch_norm_relu.cpp, which includes this file once per instruction set: it defines FASTRES_ISA
-// (a namespace) and FASTRES_VECTOR_BYTES and has a pragma around the include. No header may be included here.
+// The inner loops of batch_norm_relu.cpp, which includes this file once per instruction set: it defines
+// FASTRES_ISA (a namespace) and FASTRES_VECTOR_BYTES and has a pragma around the include. No header may be
+// included here.
 //
-// A loop sees a dense matrix [rows, columns] with constants per column. A channels-last tensor is such a matrix as it
-// is; a channel's plane of a contiguous tensor becomes one by giving every column that channel's constants.
+// A loop sees a dense matrix [rows, columns] with constants per column. A channels-last tensor is such a
+// matrix as it is; a channel's plane of a contiguous tensor becomes one by giving every column that channel's
+// constants.
 
 namespace FASTRES_ISA {
 
@@ -16,7 +18,8 @@ struct Wide {
   friend INLINE Wide operator-(Wide a, Wide b) { return {a.first - b.first, a.second - b.second}; }
   friend INLINE Wide operator*(Wide a, Wide b) { return {a.first * b.first, a.second * b.second}; }
 
-  // The value where `sign` is positive, else 0. Where it is NaN the value stays, as in torch.relu and its gradient.
+  // The value where `sign` is positive, else 0. Where it is NaN the value stays, as in torch.relu and its
+  // gradient.
   static INLINE Wide where_positive(Wide sign, Wide value) {
     return {sign.first <= 0 ? Vec{} : value.first, sign.second <= 0 ? Vec{} : value.second};
   }
@@ -70,8 +73,8 @@ struct Storage<c10::Half> {
   }
 };
 
-// A bfloat16 is the upper half of a float. Two neighbours share 32 bits: the even columns are shifted up, the odd ones
-// are in place already, and no number moves to another lane.
+// A bfloat16 is the upper half of a float. Two neighbours share 32 bits: the even columns are shifted up, the
+// odd ones are in place already, and no number moves to another lane.
 template <>
 struct Storage<c10::BFloat16> {
   typedef uint32_t Bits __attribute__((vector_size(FASTRES_VECTOR_BYTES)));
@@ -87,8 +90,8 @@ struct Storage<c10::BFloat16> {
     store_vector(to, rounded(wide.first) >> 16 | (rounded(wide.second) & 0xffff0000));
   }
 
-  // To nearest, ties to even. It would carry a NaN with all its lower bits set over to infinity or zero; but bfloat16
-  // inputs have none set and the constants' NaN is the plain one.
+  // To nearest, ties to even. It would carry a NaN with all its lower bits set over to infinity or zero; but
+  // bfloat16 inputs have none set and the constants' NaN is the plain one.
   static INLINE Bits rounded(Floats value) {
     const Bits bits = (Bits)value;
     return bits + 0x7fff + (bits >> 16 & 1);
@@ -141,13 +144,12 @@ INLINE void store_lanes(Acc<T>* to, Wide<T> wide) {
 template <class T, class Body>
 INLINE void for_columns(int64_t columns, Body body) {
   int64_t column = 0;
-  for (; column + step<T> <= columns; column += step<T>)
-    body(column, Whole<T>{});
+  for (; column + step<T> <= columns; column += step<T>) body(column, Whole<T>{});
   if (column < columns) body(column, columns - column);
 }
 
-// Calls body(first row, number of rows as a compile-time constant): for the rows of a group, the constants and sums of
-// a step of columns stay in registers.
+// Calls body(first row, number of rows as a compile-time constant): for the rows of a group, the constants
+// and sums of a step of columns stay in registers.
 template <class Body>
 INLINE void for_rows(int64_t rows, Body body) {
   constexpr int64_t group = 4;
@@ -203,11 +205,11 @@ void normalize(int64_t rows, int64_t columns, Affine<T> affine, const T* x, cons
   });
 }
 
-// dz = dy where y > 0, and the sums of dz and dz * (x - mean). With a residual the mask is y's and dz is stored, being
-// the residual's gradient; without one y's sign is recomputed from x, which is read anyway.
+// dz = dy where y > 0, and the sums of dz and dz * (x - mean). With a residual the mask is y's and dz is
+// stored, being the residual's gradient; without one y's sign is recomputed from x, which is read anyway.
 template <class T, Mask mask>
-void reduce(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const T* x, const T* y, T* dz, Acc<T>* sum,
-            Acc<T>* products) {
+void reduce(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const T* x, const T* y, T* dz,
+            Acc<T>* sum, Acc<T>* products) {
   clear<T>(columns, sum, products);
   for_rows(rows, [&](int64_t row, auto group) INLINE_LAMBDA {
     for_columns<T>(columns, [&](int64_t c, auto count) INLINE_LAMBDA {
@@ -220,7 +222,8 @@ void reduce(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const 
         const int64_t at = (row + i) * columns + c;
         const auto centered = load(x + at, count) - mean;
         auto gradient = load(dy + at, count);
-        if constexpr (mask == Mask::from_x) gradient = Wide<T>::where_positive(centered * scale + bias, gradient);
+        if constexpr (mask == Mask::from_x)
+          gradient = Wide<T>::where_positive(centered * scale + bias, gradient);
         if constexpr (mask == Mask::from_y) {
           gradient = Wide<T>::where_positive(load(y + at, count), gradient);
           store(dz + at, gradient, count);
@@ -236,8 +239,8 @@ void reduce(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const 
 
 // dx = dz * scale + (x - mean) * slope + offset
 template <class T, Mask mask>
-void input_gradient(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const T* x, const Acc<T>* slope,
-                    const Acc<T>* offset, T* dx) {
+void input_gradient(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const T* x,
+                    const Acc<T>* slope, const Acc<T>* offset, T* dx) {
   for_rows(rows, [&](int64_t row, auto group) INLINE_LAMBDA {
     for_columns<T>(columns, [&](int64_t c, auto count) INLINE_LAMBDA {
       const auto mean = load_lanes<T>(affine.mean + c);
@@ -249,7 +252,8 @@ void input_gradient(int64_t rows, int64_t columns, Affine<T> affine, const T* dy
         const int64_t at = (row + i) * columns + c;
         const auto centered = load(x + at, count) - mean;
         auto gradient = load(dy + at, count);
-        if constexpr (mask == Mask::from_x) gradient = Wide<T>::where_positive(centered * scale + bias, gradient);
+        if constexpr (mask == Mask::from_x)
+          gradient = Wide<T>::where_positive(centered * scale + bias, gradient);
         store(dx + at, gradient * scale + centered * slope_c + offset_c, count);
       }
     });

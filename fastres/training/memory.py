@@ -10,8 +10,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next activation; does nothing where the C library is another.
 
-    Otherwise every large activation is mapped anew and given back when freed, and the kernel clears each of its pages
-    as it is first written. The process then stays at its largest size.
+    Otherwise every large activation is mapped anew and given back when freed, and the kernel clears each of
+    its pages as it is first written. The process then stays at its largest size.
     """
     if platform.libc_ver()[0] != "glibc":
         return

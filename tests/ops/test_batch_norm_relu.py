@@ -203,8 +203,10 @@ class TestAutograd:
 
 class TestStability:
     @pytest.mark.parametrize(
-        ("dtype", "mean", "std"), [(torch.float32, 1e4, 1e-1), (torch.bfloat16, 128, 1), (torch.float32, 1e4, 0)], ids=str
-    )  # fmt: skip
+        ("dtype", "mean", "std"),
+        [(torch.float32, 1e4, 1e-1), (torch.bfloat16, 128, 1), (torch.float32, 1e4, 0)],
+        ids=str,
+    )
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_large_mean(self, dtype, mean, std, layout):
         torch.manual_seed(0)

@@ -1,5 +1,5 @@
-"""The Triton kernels in Triton's interpreter, on the CPU: run by test_batch_norm_relu.py with TRITON_INTERPRET=1,
-which Triton reads when a kernel is decorated."""
+"""The Triton kernels in Triton's interpreter, on the CPU. test_batch_norm_relu.py runs this with
+TRITON_INTERPRET=1, which Triton reads when a kernel is decorated."""
 
 import pytest
 import torch

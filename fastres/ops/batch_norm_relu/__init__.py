@@ -112,13 +112,13 @@ def _check(
 
 
 @torch.library.register_fake("fastres::batch_norm_relu", lib=library)
-def _(x, residual, weight, bias, running_mean, running_var, training, eps, relu):  # type: ignore[no-untyped-def]
+def _(x, *_):  # type: ignore[no-untyped-def]
     statistics = x.new_empty(x.size(1), dtype=statistics_dtype(x))
     return torch.empty_like(dense(x, is_channels_last(x))), statistics, torch.empty_like(statistics)
 
 
 @torch.library.register_fake("fastres::batch_norm_relu_backward", lib=library)
-def _(grad, x, output, weight, bias, mean, var, training, eps, relu):  # type: ignore[no-untyped-def]
+def _(grad, x, output, weight, bias, mean, *_):  # type: ignore[no-untyped-def]
     dx = torch.empty_like(dense(x, is_channels_last(x)))
     dz = x.new_empty(0) if output is None else torch.empty_like(dx)
     return dx, dz, torch.empty_like(mean), torch.empty_like(mean)
@@ -128,11 +128,10 @@ class _BatchNormReLU(torch.autograd.Function):
     """The gradient of the registered operator, by the registered backward operator."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, running_mean, running_var, training, eps, relu):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, residual, weight, bias, *options):  # type: ignore[no-untyped-def]
         with torch._C._AutoDispatchBelowAutograd():
-            y, mean, var = torch.ops.fastres.batch_norm_relu.default(
-                x, residual, weight, bias, running_mean, running_var, training, eps, relu
-            )
+            y, mean, var = torch.ops.fastres.batch_norm_relu.default(x, residual, weight, bias, *options)
+        _running_mean, _running_var, training, eps, relu = options
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         ctx.has_residual = residual is not None

@@ -1,11 +1,12 @@
+# mypy: disable-error-code="no-untyped-def"
 """batch_norm_relu for CUDA, in Triton.
 
-A tensor whose channel fits into one program's registers is read once. Larger ones take two passes: statistics by
-splits of the rows, merged as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
-sample variances" (1979), then the result. All sums are float32 (float64 for float64 inputs).
+A tensor whose channels fit into one program's registers is read once. Larger ones take two passes: statistics
+by splits of the rows, merged as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for
+computing sample variances" (1979), then the result. All sums are float32 (float64 for float64 inputs).
 
-A row is the channels of one pixel. Row r of a contiguous tensor with planes of P pixels starts at (r // P) * C * P +
-r % P and has stride P; of a channels-last one it starts at r * C and has stride 1.
+A row is the channels of one pixel. Row r of a channels-last tensor starts at r * C and has stride 1; of a
+contiguous one with planes of P pixels it starts at (r // P) * C * P + r % P and has stride P.
 """
 
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def split_moments(
     valid_channel = channel < channels
     begin = split * split_rows
     end = tl.minimum(begin + split_rows, rows)
-    # Near the mean, so that the sum of squares does not cancel; an infinite one would turn infinities into NaN.
+    # Near the mean, lest the sum of squares cancel; an infinite one would turn infinities into NaN.
     row = begin + tl.arange(0, block_rows)
     valid = (row < end)[:, None] & valid_channel[None, :]
     first = tl.load(x + _offsets(row, channel, plane, channels, channels_last), valid, other=0.0).to(dtype)
@@ -251,7 +252,7 @@ def input_gradient(
     channels_last: tl.constexpr, relu: tl.constexpr, training: tl.constexpr, dtype: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale * (dz - (dbias + (x - mean) * invstd * dweight) / rows) for a tile; evaluation has the first term."""
+    """dx = scale * (dz - (dbias + (x - mean) * invstd * dweight) / rows); in evaluation dx = scale * dz."""
     row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     channel = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
     valid_channel = channel < channels
