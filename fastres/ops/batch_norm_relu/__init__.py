@@ -9,6 +9,7 @@ triton_kernels.py those for CUDA.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastres.ops.batch_norm_relu import reference
 from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, statistics_dtype
@@ -140,6 +141,7 @@ class _BatchNormReLU(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
         if grad is None:
             return (None,) * 9
