@@ -9,7 +9,6 @@ triton_kernels.py those for CUDA.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastres.ops.batch_norm_relu import reference
 from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, statistics_dtype
@@ -126,7 +125,10 @@ def _(grad, x, output, weight, bias, mean, *_):  # type: ignore[no-untyped-def]
 
 
 class _BatchNormReLU(torch.autograd.Function):
-    """The gradient of the registered operator, by the registered backward operator."""
+    """The gradient of the registered operator, by the registered backward operator, which has none itself.
+
+    `once_differentiable` would say so sooner, but it doubles the time of a call (81 us instead of 35).
+    """
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, *options):  # type: ignore[no-untyped-def]
@@ -141,7 +143,6 @@ class _BatchNormReLU(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
         if grad is None:
             return (None,) * 9
