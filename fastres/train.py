@@ -17,6 +17,7 @@ from fastres.errors import Interrupted, UserError
 from fastres.report.plots import plot_curves
 from fastres.report.tables import summary_table
 from fastres.training.checkpoint import read_checkpoint
+from fastres.training.memory import keep_freed_memory
 from fastres.training.run import Row, Run, resolve
 
 # what may differ between a checkpoint and the run that goes on from it
@@ -62,6 +63,8 @@ def train(given: dict[str, Any], resume: Path | None, console: Console) -> dict[
     config, line = resolve(requested, dataset)
     console.print(line)
 
+    if config.device == "cpu":
+        keep_freed_memory()
     run = Run(config, dataset, checkpoint)
     with progress_bar(console, len(run.train_loader)) as progress:
 
