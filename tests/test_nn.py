@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastres.models import create_model
 from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
 
 
@@ -64,34 +65,18 @@ def test_bfloat16_under_autocast():
         assert module.weight.grad.dtype == torch.float32
 
 
-class Net(nn.Module):
-    """Three residual blocks, small but with everything that a ResNet does with the layer."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.stem_norm = norm(16)
-        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(6))
-        self.norms = nn.ModuleList(norm(16) for _ in range(6))
-        self.head = nn.Linear(16, 10)
-
-    def forward(self, x):
-        x = self.stem_norm(self.stem(x))
-        for i in range(0, 6, 2):
-            y = self.norms[i](self.convs[i](x))
-            x = self.norms[i + 1](self.convs[i + 1](y), x)
-        return self.head(x.mean([2, 3]))
-
-
-def losses_of_fifty_steps(norm):
+def losses_of_fifty_steps(fused):
+    """ResNet-18 on one batch of noise. The rate is small: rounding differences grow with every ReLU that they flip, and
+    at larger rates eager training in float32 strays as far from float64."""
     generator = torch.Generator().manual_seed(0)
-    x, label = torch.randn(32, 3, 10, 10, generator=generator), torch.randint(10, (32,), generator=generator)
+    x, label = torch.randn(8, 3, 32, 32, generator=generator), torch.randint(10, (8,), generator=generator)
+    x = x.to(memory_format=torch.channels_last)
     torch.manual_seed(0)
-    net = Net(norm).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    model = create_model("resnet18", 10, fused=fused).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     losses = []
     for _ in range(50):
-        loss = F.cross_entropy(net(x.to(memory_format=torch.channels_last)), label)
+        loss = F.cross_entropy(model(x), label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -100,6 +85,6 @@ def losses_of_fifty_steps(norm):
 
 
 def test_fifty_steps_of_training_fused_and_eager():
-    fused, eager = losses_of_fifty_steps(BatchNormReLU2d), losses_of_fifty_steps(EagerBatchNormReLU2d)
+    fused, eager = losses_of_fifty_steps(True), losses_of_fifty_steps(False)
     torch.testing.assert_close(fused, eager, rtol=0, atol=1e-4)
-    assert fused[-1] < 0.9 * fused[0]
+    assert fused[-1] < 0.75 * fused[0]
