@@ -22,13 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.config import Parser, TrainConfig, add_flags, flag, recipe_defaults
 from fastres.data.datasets import IMAGE_SIZE, MINI_CIFAR10_CLASSES, Dataset, load_dataset
-from fastres.errors import UserError
+from fastres.errors import Interrupted, UserError
 from fastres.models import create_model
 from fastres.report.plots import plot_curves
 from fastres.report.study import write_report
 from fastres.studies import RunDefinition, Study, list_studies, load_study
-from fastres.train import RESUMABLE, configure, prepare
+from fastres.train import RESUMABLE, configure, prepare, signals_noted
 from fastres.training.run import Run, resolve, write_json
+from fastres.training.trainer import Epoch
 
 EAGER: dict[str, Any] = {  # plain PyTorch, whose cost is compared; the schedule costs nothing
     "loader": "eager", "amp": "off", "channels_last": False, "compile": False, "fused": False,
@@ -92,7 +93,8 @@ class PlannedRun:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 2 for bad input, 130 for an interrupt."""
+    """Runs the command line and returns its exit code: 0, 2 for bad input, 1 for a run that could not go on, 130 for
+    an interrupt."""
     parser = Parser(
         "python -m fastres.study",
         description=f"{__doc__.split(': ', 1)[1]} Flags of fastres.train replace the study's own in all of its runs.",
@@ -125,9 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"report: {report} and {report.with_suffix('.md').name}")
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; --resume goes on from the last finished epoch", file=sys.stderr)
+        print(f"{parser.prog}: interrupted; --resume goes on with the next step", file=sys.stderr)
         return 130
     return 0
 
@@ -307,12 +309,12 @@ def execute(run: PlannedRun, advance: Callable[[float], None]) -> dict[str, Any]
         while True:
             message = receiver.recv()
             if isinstance(message, UserError):
-                raise message
+                raise type(message)(f"{run.name}: {message}")
             advance(message * run.work)
     except EOFError:
         process.join()
     finally:
-        process.terminate()
+        process.terminate()  # which an interrupted run takes as the signal to save
         process.join()
     if not run.finished:
         raise UserError(f"{run.folder}: the run ended with exit code {process.exitcode}; mend it and add --resume")
@@ -325,13 +327,15 @@ def _train(given: dict[str, Any], resume: Path | None, sender: Connection) -> No
     multiprocessing.set_start_method(None, force=True)
     try:
         run = prepare(given, resume, Console(quiet=True))
-        step = 1 / (run.config.epochs * len(run.train_loader))
-        sender.send(len(run.history) / run.config.epochs)
-        summary = run.fit(lambda: sender.send(step))
+        steps = len(run.train_loader)
+        done = len(run.history) * steps + (run.epoch.steps if run.epoch else 0)
+        sender.send(done / (run.config.epochs * steps))
+        with signals_noted() as signalled:
+            summary = run.fit(lambda: sender.send(1 / (run.config.epochs * steps)), signalled=signalled)
         plot_curves(run.folder, f"{summary['model']} on {summary['dataset']}")
     except UserError as error:
         sender.send(error)
-    except (KeyboardInterrupt, BrokenPipeError):  # the study's process says so, or is gone
+    except (Interrupted, KeyboardInterrupt, BrokenPipeError):  # the study's process says so, or is gone
         pass
 
 
@@ -371,9 +375,10 @@ def measure(run: PlannedRun) -> float:
     few = np.arange(MEASURED_STEPS * run.config.batch_size) % len(run.dataset.train)
     config = replace(run.config, compile=False, val_fraction=0.0)
     trial = Run(config, replace(run.dataset, train=run.dataset.train.take(few)))
-    trial.trainer.train_epoch(trial.train_loader, 0)
-    timed = trial.trainer.train_epoch(trial.train_loader, 1)
-    return timed.images / timed.seconds
+    for number in range(2):
+        epoch = Epoch.begin(number, trial.trainer.device)
+        trial.trainer.train_epoch(trial.train_loader, epoch)
+    return epoch.images / epoch.seconds
 
 
 def duration(seconds: float) -> str:

@@ -95,7 +95,7 @@ def test_an_interrupted_study_goes_on(command_line, flags, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fastres.study", *map(str, flags), "--no-eager-cost"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    while not (out / "high-seed0/last.pt").exists() and process.poll() is None:
+    while not (out / "high-seed0/history.csv").exists() and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C
     _, error = process.communicate()

@@ -8,6 +8,8 @@ import torch
 
 from fastres.config import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("tiny_vgg11")
+
 
 @pytest.fixture
 def flags(image_folder, tmp_path):
@@ -103,7 +105,8 @@ def test_bad_folders(damage, message, command_line, flags, image_folder):
     assert message in one_line(command_line, *flags)
 
 
-def test_wrong_checksum(command_line, tmp_path):
+def test_wrong_checksum(command_line, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # unreachable
     base = tmp_path / "cifar-10-batches-py"
     base.mkdir()
     (base / "data_batch_1").write_bytes(b"no batch")

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -48,6 +49,7 @@ def curves(results: Sequence["Results"], note: str) -> Figure:
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
     accuracy.set(xlabel="epoch", ylabel="accuracy, %")
     loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
+    number_plainly(loss.yaxis)
     for axes in (accuracy, loss):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     finish(figure, note)
@@ -79,16 +81,17 @@ def pareto(results: Sequence["Results"], note: str) -> Figure:
     times = [seconds for seconds, _ in points]
     axes.step(times, front, where="post", color="0.2", linewidth=1.6, alpha=0.6, label="Pareto front", zorder=0)
     axes.set(xlabel="seconds of training, evaluation not counted", ylabel="test accuracy, %", xscale="log")
-    for place in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        place(FuncFormatter(plain))
+    number_plainly(axes.xaxis)
     axes.legend(frameon=False, loc="lower right", fontsize="small")
     finish(figure, note)
     return figure
 
 
-def plain(seconds: float, position: int) -> str:
-    """The tick's number where its first digit is 1, 2 or 5, so that ticks of a logarithmic axis do not crowd."""
-    return f"{seconds:g}" if f"{seconds:e}"[0] in "125" else ""
+def number_plainly(axis: Axis) -> None:
+    """Ticks of a logarithmic axis as plain numbers, at 1, 2 and 5 alone, so that they do not crowd."""
+    plain = FuncFormatter(lambda value, position: f"{value:g}" if f"{value:e}"[0] in "125" else "")
+    axis.set_major_formatter(plain)
+    axis.set_minor_formatter(plain)
 
 
 def confusion(results: Sequence["Results"], note: str) -> Figure:
@@ -126,5 +129,5 @@ def finish(figure: Figure, note: str, grid: bool = True) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
