@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -116,8 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if dry_run:
             print_estimate(planned, console)
             return 0
-        check_folder(folder, planned, resume)
-        folder.mkdir(parents=True, exist_ok=True)
+        prepare_folder(folder, planned, resume)
         write_json(folder / "study.json", describe(study, config, given, planned))
         with study_progress(console, planned) as progress:
             for run in planned:
@@ -203,24 +201,30 @@ def forward_gflop(config: TrainConfig, dataset: Dataset) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def check_folder(folder: Path, planned: list[PlannedRun], resume: bool) -> None:
-    """Raises UserError where ``folder`` holds a study and this is none to go on with."""
-    if not resume:
-        if (folder / "study.json").exists():
-            raise UserError(f"--output-dir {folder}: already holds a study; add --resume, or choose another folder")
-        return
-    if not (folder / "study.json").exists():
+def prepare_folder(folder: Path, planned: list[PlannedRun], resume: bool) -> None:
+    """Makes ``folder``; raises UserError where it holds a study that this one does not go on with."""
+    begun = [run for run in planned if (run.folder / "config.json").exists()]
+    if not resume and (begun or (folder / "study.json").exists()):
+        raise UserError(f"--output-dir {folder}: already holds a study; add --resume, or choose another folder")
+    if resume and not (folder / "study.json").exists():
         raise UserError(f"--resume: {folder} holds no study; leave --resume off, or name its folder with --output-dir")
-    for run in planned:
-        if not (run.folder / "config.json").exists():
-            continue
-        saved = TrainConfig.from_json(json.loads((run.folder / "config.json").read_text()))
+    for run in begun:
+        try:
+            saved = TrainConfig.from_json(json.loads((run.folder / "config.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{run.folder / 'config.json'}: not readable ({error}); remove that run's folder"
+            ) from error
         for name, value in vars(run.config).items():
             if value != getattr(saved, name) and name not in RESUMABLE - {"epochs"} | {"output_dir"}:
                 raise UserError(
                     f"--resume: {run.folder} was started with {name.replace('_', '-')} {getattr(saved, name)}, "
                     f"and would now have {value}; take the first call's flags, or another --output-dir"
                 )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be made ({error.strerror})") from error
 
 
 def describe(study: Study, config: StudyConfig, overrides: dict[str, Any], planned: list[PlannedRun]) -> dict[str, Any]:
@@ -296,8 +300,8 @@ def execute(run: PlannedRun, advance: Callable[[float], None]) -> dict[str, Any]
     One's own process makes the peak memory that of this run alone. ``advance`` is called with the ``work`` done.
     """
     checkpoint = run.folder / "last.pt"
-    if not checkpoint.exists() and run.folder.exists():
-        shutil.rmtree(run.folder)  # interrupted in its first epoch
+    if not checkpoint.exists():
+        (run.folder / "config.json").unlink(missing_ok=True)  # of a run that was killed before it saved anything
     resume = run.folder if checkpoint.exists() else None
     given = {key: value for key, value in vars(run.config).items() if not resume or key in RESUMABLE}
     PROCESSES.set_forkserver_preload([__name__])

@@ -205,6 +205,7 @@ def test_bad_files(old, new, message, command_line, flags, study_file, tmp_path)
         (["--data-scale", "2"], r"--data-scale 2.0: must be in \(0, 1\]"),
         (["--price-per-hour", "-1"], "--price-per-hour -1.0: must not be negative"),
         (["--resume"], "--resume: .* holds no study"),
+        (["--output-dir", "/dev/null/out"], "--output-dir /dev/null/out: cannot be made"),
         (["--data-dir", "nowhere"], "tiny, run low: --data-dir nowhere: no folder train/"),
     ],
 )
