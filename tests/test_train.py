@@ -71,6 +71,7 @@ def one_line(command_line, *arguments):
         (["--epochs", "0"], "--epochs 0: must be at least 1"),
         (["--lr", "-1"], "--lr -1.0: must be positive"),
         (["--lr", "nan"], "--lr nan: must be positive"),
+        (["--train-fraction", "0"], r"--train-fraction 0.0: must be in \(0, 1\]"),
         (["--batch-size", "61"], "--batch-size 61: larger than the training set of 60 images"),
         (["--schedule", "multistep"], "--schedule multistep: needs --milestones"),
         (["--milestones", "5,x"], "--milestones: invalid"),

@@ -151,3 +151,12 @@ def test_hold_out_splits_the_training_set(arrays):
     assert len(np.unique(together, axis=0)) == 60
     with pytest.raises(UserError, match="--val-fraction"):
         arrays.hold_out(0.001, seed=1)
+
+
+def test_sample_keeps_a_part_of_the_training_set(arrays):
+    sampled = arrays.sample(0.5, seed=1)
+    assert len(sampled.train) == 30
+    assert len(sampled.test) == len(arrays.test)
+    assert np.array_equal(sampled.train.images, arrays.sample(0.5, seed=1).train.images)
+    assert not np.array_equal(sampled.train.images, arrays.sample(0.5, seed=2).train.images)
+    assert len(arrays.sample(1e-6, seed=1).train) == 1
