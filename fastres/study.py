@@ -252,7 +252,7 @@ def describe(study: Study, config: StudyConfig, overrides: dict[str, Any], plann
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "scale": config.scale,
         "data_scale": config.data_scale,
-        "overrides": {name.replace("_", "-"): str(value) for name, value in overrides.items()},
+        "overrides": {name.replace("_", "-"): str(value) for name, value in overrides.items() if name != "data_dir"},
         "runs": runs,
         "figures": [vars(figure) for figure in study.figures],
         "conjectures": [vars(conjecture) for conjecture in study.conjectures],

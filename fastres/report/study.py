@@ -268,6 +268,8 @@ def cost_notes(results: list[Results]) -> str:
     ]
     if "threads" in device:
         notes.append("Peak memory is the process's resident memory, Python and its libraries included.")
+    if any("epoch_seconds" in result.published for result in results):
+        notes.append("Published seconds are of the original's own epoch and machine.")
     if results[0].eager:
         notes.append(
             f"Eager is the same training over {results[0].eager['epochs']} epochs with PyTorch's own modules in "

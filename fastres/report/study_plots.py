@@ -72,9 +72,8 @@ def pareto(results: Sequence["Results"], note: str) -> Figure:
     for color, result in zip(cycle(COLORS), results, strict=False):
         seconds = np.mean([history["epoch_seconds"].cumsum() for history in result.histories], axis=0)
         accuracy = np.mean([history["test_accuracy"] for history in result.histories], axis=0)
-        axes.plot(
-            seconds, accuracy, color=color, marker="o", markersize=3, linewidth=0.8, alpha=0.7, label=result.label
-        )
+        style: dict[str, Any] = {"marker": "o" if len(seconds) <= FEW_EPOCHS else "", "markersize": 3, "linewidth": 0.8}
+        axes.plot(seconds, accuracy, color=color, label=result.label, alpha=0.7, **style)
         points += list(zip(seconds, accuracy, strict=True))
     points.sort()
     front = np.maximum.accumulate([accuracy for _, accuracy in points])
