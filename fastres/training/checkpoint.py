@@ -1,6 +1,7 @@
 """What a run writes so that it can go on or be used: last.pt and best.safetensors. Opening either runs no code."""
 
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--resume {path}: no such file; give a run's folder or its last.pt")
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare the checksums
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] == FORMAT:
+        if damaged is None and state["format"] == FORMAT:
             return state
     except Exception:  # torch.load raises whatever zipfile and its unpickler raise
         pass

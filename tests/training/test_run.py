@@ -213,9 +213,24 @@ def test_what_is_no_checkpoint(content, tmp_path):
         read_checkpoint(path)
 
 
-def test_a_truncated_checkpoint(finished):
+def test_a_damaged_checkpoint_is_refused_or_read_as_it_was(finished):
     run, _ = finished
     path = run.folder / "last.pt"
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="not a checkpoint of fastres, or damaged"):
-        read_checkpoint(path)
+    content, state = path.read_bytes(), read_checkpoint(path)
+    draw = random.Random(0)
+    refused = 0
+    for case in range(200):
+        damaged = bytearray(content)
+        if case % 4 == 0:
+            del damaged[draw.randrange(len(damaged)) :]
+        else:
+            damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            again = read_checkpoint(path)
+        except UserError:
+            refused += 1
+        else:  # the flip hit padding
+            assert again["history"] == state["history"]
+            torch.testing.assert_close(again["model"], state["model"], rtol=0, atol=0)
+    assert refused > 50
