@@ -1,6 +1,7 @@
 """Fixtures that many tests share: tiny images, as arrays and as files, and the command line in this process."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +66,13 @@ def cifar10_jpeg() -> Dataset:
 class CommandLine:
     """Calls an entry point with flags and keeps what it printed."""
 
-    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
-        self.capfd = capfd
+    def __init__(self, capfd: pytest.CaptureFixture[str], main: Callable[[list[str]], int] = train.main) -> None:
+        self.capfd, self.main = capfd, main
 
     def __call__(self, *arguments: object) -> int:
         self.capfd.readouterr()
         try:
-            code = train.main([str(argument) for argument in arguments])
+            code = self.main([str(argument) for argument in arguments])
         except SystemExit as exit:
             code = int(exit.code or 0)
         self.out, self.err = self.capfd.readouterr()
