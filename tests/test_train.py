@@ -103,7 +103,8 @@ def test_bad_folders(damage, message, command_line, flags, image_folder):
     assert message in one_line(command_line, *flags)
 
 
-def test_wrong_checksum(command_line, tmp_path):
+def test_wrong_checksum(command_line, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # unreachable
     base = tmp_path / "cifar-10-batches-py"
     base.mkdir()
     (base / "data_batch_1").write_bytes(b"no batch")

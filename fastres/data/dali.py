@@ -1,4 +1,4 @@
-"""The loader that users get: one DALI pipeline, for CPU and GPU, that applies the epoch plan to whole batches."""
+"""The loader that users get: DALI pipelines, for CPU and GPU, that apply the epoch plan to whole batches."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,14 +10,16 @@ from fastres.data.datasets import IMAGE_SIZE, Split
 from fastres.data.plan import CUTOUT_SIZE, EpochPlan
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+DECODE_BATCH = 512
 
 
 class DaliLoader:
     """Applies the plan of an epoch to a split with DALI, in ``workers`` threads and, for CUDA, on the device.
 
-    ``plan_of_epoch(epoch)`` gives the EpochPlan. Batches are float32 ``[B, 3, 32, 32]`` channels-last, normalised with
-    ``mean`` and ``std`` of pixels in [0, 1], and int64 ``[B]``, both on ``device``. The pipeline runs ahead, also over
-    the end of an epoch, so that the next epoch's first batch is ready when it is asked for.
+    Encoded images are decoded (and resized) once, here, and kept as 3 KiB of pixels each. ``plan_of_epoch(epoch)``
+    gives the EpochPlan. Batches are float32 ``[B, 3, 32, 32]`` channels-last, normalised with ``mean`` and ``std`` of
+    pixels in [0, 1], and int64 ``[B]``, both on ``device``. The pipeline runs ahead, also over the end of an epoch, so
+    that the next epoch's first batch is ready when it is asked for.
     """
 
     def __init__(
@@ -32,7 +34,8 @@ class DaliLoader:
         workers: int = 2,
         drop_last: bool = False,
     ) -> None:
-        self.split, self.plan_of_epoch = split, plan_of_epoch
+        self.images = decode(split, device, workers) if isinstance(split.images, list) else split.images
+        self.labels, self.plan_of_epoch = split.labels, plan_of_epoch
         self.batch_size = batch_size
         self.mean, self.std = mean, std
         self.device, self.workers = device, workers
@@ -60,9 +63,8 @@ class DaliLoader:
     def _build(self, first_epoch: int) -> Pipeline:
         """The pipeline whose first batch is the first of ``first_epoch``."""
         plan = self.plan_of_epoch(first_epoch)
-        gpu = self.device.type == "cuda"
         columns = {  # name: dtype, ndim and layout of a sample
-            "images": (types.UINT8, 1, None) if self.split.encoded else (types.UINT8, 3, "HWC"),
+            "images": (types.UINT8, 3, "HWC"),
             "labels": (types.INT64, 0, None),
         }
         if plan.crop is not None:
@@ -73,31 +75,30 @@ class DaliLoader:
             columns["cutout"] = (types.FLOAT, 1, None)
         dtypes, ndims, layouts = zip(*columns.values(), strict=True)
 
-        pipeline = Pipeline(
-            batch_size=self.batch_size,
-            num_threads=self.workers,
-            device_id=(self.device.index or 0) if gpu else None,
-            exec_dynamic=True,
+        # The source must not refer to this loader: in a cycle of references the pipeline would outlive it, until the
+        # garbage collector finds it, perhaps in a forked process where the pipeline's threads do not exist.
+        source = _PlannedBatches(
+            {"images": self.images, "labels": self.labels},
+            self.plan_of_epoch,
+            first_epoch,
+            self.num_batches,
+            self.batch_size,
+            list(columns),
         )
+        pipeline = _pipeline(self.batch_size, self.device, self.workers)
         with pipeline:
-            sources = fn.external_source(
-                source=_PlannedBatches(
-                    self.split, self.plan_of_epoch, first_epoch, self.num_batches, self.batch_size, list(columns)
-                ),
+            arrays = fn.external_source(
+                source=source,
                 num_outputs=len(columns),
                 batch=True,
                 dtype=list(dtypes),
                 ndim=list(ndims),
                 layout=list(layouts),
             )
-            batch = dict(zip(columns, sources, strict=True))
+            batch = dict(zip(columns, arrays, strict=True))
             images, labels = batch["images"], batch["labels"]
-            if self.split.encoded:
-                images = fn.decoders.image(images, device="mixed" if gpu else "cpu", output_type=types.RGB)
-            elif gpu:
-                images = images.gpu()
-            if self.split.resize:
-                images = fn.resize(images, size=[IMAGE_SIZE, IMAGE_SIZE], interp_type=types.INTERP_LINEAR)
+            if self.device.type == "cuda":
+                images, labels = images.gpu(), labels.gpu()
             if "crop" in batch:
                 images = fn.slice(
                     images,
@@ -124,28 +125,27 @@ class DaliLoader:
                     centered_anchor=True,
                     fill_value=0.0,
                 )
-            pipeline.set_outputs(images, labels.gpu() if gpu else labels)
+            pipeline.set_outputs(images, labels)
         pipeline.build()
         return pipeline
 
 
 class _PlannedBatches:
-    """What DALI calls with the number of the batch since the pipeline was built; gives the batch's ``columns``.
+    """What DALI calls with the number of the batch since the pipeline was built: it gives that batch's ``columns``.
 
-    It must not refer to the loader: in a cycle of references the pipeline would outlive the loader, until the garbage
-    collector finds it, perhaps in a forked process where its threads do not exist.
+    ``arrays`` has a row an image, in the split's order; the plan's own columns have a row a position.
     """
 
     def __init__(
         self,
-        split: Split,
+        arrays: dict[str, np.ndarray],
         plan_of_epoch: Callable[[int], EpochPlan],
         first_epoch: int,
         num_batches: int,
         batch_size: int,
         columns: list[str],
     ) -> None:
-        self.split, self.plan_of_epoch = split, plan_of_epoch
+        self.arrays, self.plan_of_epoch = arrays, plan_of_epoch
         self.epoch, self.plan = first_epoch, plan_of_epoch(first_epoch)
         self.first_epoch, self.num_batches, self.batch_size = first_epoch, num_batches, batch_size
         self.columns = columns
@@ -156,16 +156,36 @@ class _PlannedBatches:
             self.epoch = self.first_epoch + ahead
             self.plan = self.plan_of_epoch(self.epoch)
         rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-        drawn = self.split.take(self.plan.order[rows])
-        images = _pad(drawn.images) if isinstance(drawn.images, list) else drawn.images
-        values = {"images": images, "labels": drawn.labels}
-        return tuple(values[name] if name in values else getattr(self.plan, name)[rows] for name in self.columns)
+        index = self.plan.order[rows]
+        return tuple(
+            self.arrays[name][index] if name in self.arrays else getattr(self.plan, name)[rows] for name in self.columns
+        )
 
 
-def _pad(files: list[np.ndarray]) -> np.ndarray:
-    """Encoded files as one uint8 array ``[B, longest]``: DALI takes it at a tenth of the cost of B arrays, and
-    decoders stop at the end marker of a file."""
-    padded = np.zeros((len(files), max(map(len, files))), np.uint8)
-    for row, content in zip(padded, files, strict=True):
-        row[: len(content)] = content
-    return padded
+def decode(split: Split, device: torch.device, workers: int) -> np.ndarray:
+    """The pixels of an encoded split, uint8 ``[N, 32, 32, 3]``; on CUDA the device does part of the work."""
+    pipeline = _pipeline(DECODE_BATCH, device, workers)
+    starts = range(0, len(split), DECODE_BATCH)
+    with pipeline:
+        files = fn.external_source(
+            source=(split.images[start : start + DECODE_BATCH] for start in starts), dtype=types.UINT8, ndim=1
+        )
+        images = fn.decoders.image(files, device="mixed" if device.type == "cuda" else "cpu", output_type=types.RGB)
+        if split.resize:
+            images = fn.resize(images, size=[IMAGE_SIZE, IMAGE_SIZE], interp_type=types.INTERP_LINEAR)
+        pipeline.set_outputs(images)
+    pipeline.build()
+    pixels = np.empty((len(split), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    for start in starts:
+        (images,) = pipeline.run()
+        pixels[start : start + DECODE_BATCH] = images.as_cpu().as_array()
+    return pixels
+
+
+def _pipeline(batch_size: int, device: torch.device, workers: int) -> Pipeline:
+    return Pipeline(
+        batch_size=batch_size,
+        num_threads=workers,
+        device_id=(device.index or 0) if device.type == "cuda" else None,
+        exec_dynamic=True,
+    )

@@ -106,9 +106,7 @@ def _check(
         if tensor is not None and tensor.shape != x.shape[1:2]:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(x.shape[1:2])}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual is {residual.dtype} {tuple(residual.shape)}, the input {x.dtype} {tuple(x.shape)}"
-        )
+        raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}, the input {x.dtype} {tuple(x.shape)}")
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -170,9 +168,7 @@ def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     )
 
 
-torch.library.register_autograd(
-    "fastres::batch_norm_relu", _backward, setup_context=_setup_context, lib=library
-)
+torch.library.register_autograd("fastres::batch_norm_relu", _backward, setup_context=_setup_context, lib=library)
 
 try:
     import fastres._C  # noqa: F401
@@ -180,9 +176,7 @@ except ImportError as error:
     reason = error
 
     def _not_built(*_args: object) -> None:
-        raise RuntimeError(
-            "the C++ extension of fastres is needed on the CPU: build it with `make setup`"
-        ) from reason
+        raise RuntimeError("the C++ extension of fastres is needed on the CPU: build it with `make setup`") from reason
 
     library.impl("batch_norm_relu", _not_built, "CPU")
     library.impl("batch_norm_relu_backward", _not_built, "CPU")
