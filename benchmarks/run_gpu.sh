@@ -48,7 +48,7 @@ if [[ ${QUICK:-} ]]; then
     models=(vgg11)
     batches=(8)
     sizes=(--seconds 1 --images 64 --rounds 1)
-    training=(--dataset digits --epochs 1 --batch-size 256)
+    training=(--dataset digits --epochs 2 --batch-size 256)
     export FASTRES_BENCHMARK_BATCH=2
 fi
 
