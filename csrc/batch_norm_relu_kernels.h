@@ -1,198 +1,259 @@
-// The inner loops of batch_norm_relu.cpp, which includes this file once per instruction set. The includer defines
-// FASTRES_ISA (a namespace) and FASTRES_VECTOR_BYTES, and selects the instruction set with a pragma around the include;
-// so no header may be included here.
+// The inner loops of batch_norm_relu.cpp, which includes this file once per instruction set: it defines
+// FASTRES_ISA (a namespace) and FASTRES_VECTOR_BYTES and has a pragma around the include. No header may be
+// included here.
 //
-// Every loop sees a dense matrix [rows, columns] with constants per column. A channels-last tensor is such a matrix as
-// it is; a plane of one channel of a contiguous tensor becomes one by giving every column that channel's constants.
+// A loop sees a dense matrix [rows, columns] with constants per column. A channels-last tensor is such a
+// matrix as it is; a channel's plane of a contiguous tensor becomes one by giving every column that channel's
+// constants.
 
 namespace FASTRES_ISA {
 
-// A vector of storage type T, and the wider vector it is computed in.
+// The columns that are worked on together: two vectors of the type that sums are made in.
 template <class T>
-struct Simd {
-  using Acc = T;
-  typedef T Packed __attribute__((vector_size(FASTRES_VECTOR_BYTES)));
-  typedef Packed Vec;
-  static INLINE Vec widen(Packed packed) { return packed; }
-  static INLINE Packed narrow(Vec vec) { return vec; }
+struct Wide {
+  typedef Acc<T> Vec __attribute__((vector_size(FASTRES_VECTOR_BYTES)));
+  Vec first, second;
+
+  friend INLINE Wide operator+(Wide a, Wide b) { return {a.first + b.first, a.second + b.second}; }
+  friend INLINE Wide operator-(Wide a, Wide b) { return {a.first - b.first, a.second - b.second}; }
+  friend INLINE Wide operator*(Wide a, Wide b) { return {a.first * b.first, a.second * b.second}; }
+
+  // The value where `sign` is positive, else 0. Where it is NaN the value stays, as in torch.relu and its
+  // gradient.
+  static INLINE Wide where_positive(Wide sign, Wide value) {
+    return {sign.first <= 0 ? Vec{} : value.first, sign.second <= 0 ? Vec{} : value.second};
+  }
 };
 
-template <>
-struct Simd<c10::BFloat16> {
-  using Acc = float;
-  typedef uint16_t Packed __attribute__((vector_size(FASTRES_VECTOR_BYTES / 2)));
-  typedef float Vec __attribute__((vector_size(FASTRES_VECTOR_BYTES)));
-  typedef uint32_t Bits __attribute__((vector_size(FASTRES_VECTOR_BYTES)));
-  static INLINE Vec widen(Packed packed) { return (Vec)(__builtin_convertvector(packed, Bits) << 16); }
-  static INLINE Packed narrow(Vec vec) {
-    const Bits bits = (Bits)vec;
-    const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
-    const Bits quiet_nan = bits | 0x400000;                   // rounding could carry a NaN over to infinity
-    return __builtin_convertvector((vec == vec ? rounded : quiet_nan) >> 16, Packed);
+template <class T>
+constexpr int64_t step = sizeof(Wide<T>) / sizeof(Acc<T>);
+
+// Vectors are copied one by one: GCC copies a struct of two through the stack.
+template <class Vector>
+INLINE Vector load_vector(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+template <class Vector>
+INLINE void store_vector(void* to, Vector vector) {
+  std::memcpy(to, &vector, sizeof(vector));
+}
+
+// How `step` numbers are stored: float and double as they are computed with.
+template <class T>
+struct Storage {
+  static constexpr int64_t stride = 1;
+
+  static INLINE Wide<T> load(const T* from) {
+    return {load_vector<typename Wide<T>::Vec>(from), load_vector<typename Wide<T>::Vec>(from + step<T> / 2)};
+  }
+
+  static INLINE void store(T* to, Wide<T> wide) {
+    store_vector(to, wide.first);
+    store_vector(to + step<T> / 2, wide.second);
   }
 };
 
 template <>
-struct Simd<c10::Half> {
-  using Acc = float;
-  typedef _Float16 Packed __attribute__((vector_size(FASTRES_VECTOR_BYTES / 2)));
-  typedef float Vec __attribute__((vector_size(FASTRES_VECTOR_BYTES)));
-  static INLINE Vec widen(Packed packed) { return __builtin_convertvector(packed, Vec); }
-  static INLINE Packed narrow(Vec vec) { return __builtin_convertvector(vec, Packed); }
+struct Storage<c10::Half> {
+  typedef _Float16 Vec __attribute__((vector_size(FASTRES_VECTOR_BYTES / 2)));
+  using Floats = Wide<c10::Half>::Vec;
+  static constexpr int64_t stride = 1;
+
+  static INLINE Wide<c10::Half> load(const c10::Half* from) {
+    return {__builtin_convertvector(load_vector<Vec>(from), Floats),
+            __builtin_convertvector(load_vector<Vec>(from + step<c10::Half> / 2), Floats)};
+  }
+
+  static INLINE void store(c10::Half* to, Wide<c10::Half> wide) {
+    store_vector(to, __builtin_convertvector(wide.first, Vec));
+    store_vector(to + step<c10::Half> / 2, __builtin_convertvector(wide.second, Vec));
+  }
+};
+
+// A bfloat16 is the upper half of a float. Two neighbours share 32 bits: the even columns are shifted up, the
+// odd ones are in place already, and no number moves to another lane.
+template <>
+struct Storage<c10::BFloat16> {
+  typedef uint32_t Bits __attribute__((vector_size(FASTRES_VECTOR_BYTES)));
+  using Floats = Wide<c10::BFloat16>::Vec;
+  static constexpr int64_t stride = step<c10::BFloat16> / 2;
+
+  static INLINE Wide<c10::BFloat16> load(const c10::BFloat16* from) {
+    const auto pairs = load_vector<Bits>(from);
+    return {(Floats)(pairs << 16), (Floats)(pairs & 0xffff0000)};
+  }
+
+  static INLINE void store(c10::BFloat16* to, Wide<c10::BFloat16> wide) {
+    store_vector(to, rounded(wide.first) >> 16 | (rounded(wide.second) & 0xffff0000));
+  }
+
+  // To nearest, ties to even. It would carry a NaN with all its lower bits set over to infinity or zero; but
+  // bfloat16 inputs have none set and the constants' NaN is the plain one.
+  static INLINE Bits rounded(Floats value) {
+    const Bits bits = (Bits)value;
+    return bits + 0x7fff + (bits >> 16 & 1);
+  }
 };
 
 template <class T>
-using Vec = typename Simd<T>::Vec;
+using Whole = std::integral_constant<int64_t, step<T>>;
 
+// The numbers from `from` on: Whole<T>, or fewer at the end of a row.
 template <class T>
-constexpr int64_t lanes = sizeof(typename Simd<T>::Packed) / sizeof(T);
-
-// `count` is lanes<T> as a compile-time constant, or fewer in the last columns.
-template <class T, class Count>
-INLINE Vec<T> load(const T* from, Count count) {
-  typename Simd<T>::Packed packed{};
-  std::memcpy(&packed, from, count * sizeof(T));
-  return Simd<T>::widen(packed);
-}
-
-template <class T, class Count>
-INLINE void store(T* to, Vec<T> vec, Count count) {
-  const auto packed = Simd<T>::narrow(vec);
-  std::memcpy(to, &packed, count * sizeof(T));
-}
-
-// Per-column constants and sums are padded to whole vectors.
-template <class T>
-INLINE Vec<T> load_acc(const Acc<T>* from) {
-  Vec<T> vec;
-  std::memcpy(&vec, from, sizeof(vec));
-  return vec;
+INLINE Wide<T> load(const T* from, Whole<T>) {
+  __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes);
+  return Storage<T>::load(from);
 }
 
 template <class T>
-INLINE void store_acc(Acc<T>* to, Vec<T> vec) {
-  std::memcpy(to, &vec, sizeof(vec));
+INLINE Wide<T> load(const T* from, int64_t count) {
+  alignas(T) char numbers[sizeof(T) * step<T>] = {};
+  std::memcpy(numbers, from, count * sizeof(T));
+  return Storage<T>::load(reinterpret_cast<const T*>(numbers));
 }
 
-// Calls body(first column, number of columns) for each vector of columns.
+template <class T>
+INLINE void store(T* to, Wide<T> wide, Whole<T>) {
+  Storage<T>::store(to, wide);
+}
+
+template <class T>
+INLINE void store(T* to, Wide<T> wide, int64_t count) {
+  alignas(T) char numbers[sizeof(T) * step<T>];
+  Storage<T>::store(reinterpret_cast<T*>(numbers), wide);
+  std::memcpy(to, numbers, count * sizeof(T));
+}
+
+// Constants and sums: in the order of Wide<T>, padded to whole steps.
+template <class T>
+INLINE Wide<T> load_lanes(const Acc<T>* from) {
+  using Vec = typename Wide<T>::Vec;
+  return {load_vector<Vec>(from), load_vector<Vec>(from + step<T> / 2)};
+}
+
+template <class T>
+INLINE void store_lanes(Acc<T>* to, Wide<T> wide) {
+  store_vector(to, wide.first);
+  store_vector(to + step<T> / 2, wide.second);
+}
+
+// Calls body(first column, number of columns) for each step of columns.
 template <class T, class Body>
 INLINE void for_columns(int64_t columns, Body body) {
   int64_t column = 0;
-  for (; column + lanes<T> <= columns; column += lanes<T>)
-    body(column, std::integral_constant<int64_t, lanes<T>>{});
+  for (; column + step<T> <= columns; column += step<T>) body(column, Whole<T>{});
   if (column < columns) body(column, columns - column);
 }
 
-// Calls body(first row, number of rows as a compile-time constant): rows of one column vector share the constants and
-// sums, which stay in registers meanwhile.
+// Calls body(first row, number of rows as a compile-time constant): for the rows of a group, the constants
+// and sums of a step of columns stay in registers.
 template <class Body>
 INLINE void for_rows(int64_t rows, Body body) {
-  constexpr int64_t group = 8;
+  constexpr int64_t group = 4;
   int64_t row = 0;
   for (; row + group <= rows; row += group) body(row, std::integral_constant<int64_t, group>{});
   for (; row < rows; ++row) body(row, std::integral_constant<int64_t, 1>{});
 }
 
 template <class T>
-INLINE void clear(int64_t columns, Acc<T>* sum, Acc<T>* squares) {
+INLINE void clear(int64_t columns, Acc<T>* sum, Acc<T>* other) {
   for_columns<T>(columns, [&](int64_t c, auto) INLINE_LAMBDA {
-    store_acc<T>(sum + c, Vec<T>{});
-    store_acc<T>(squares + c, Vec<T>{});
+    store_lanes<T>(sum + c, Wide<T>{});
+    store_lanes<T>(other + c, Wide<T>{});
   });
 }
 
-// NaN stays NaN, as in torch.relu.
-template <class V>
-INLINE V zero_where_not_positive(V value, V tested) {
-  return tested <= 0 ? V{} : value;
-}
-
-// Sums of (x - shift) and (x - shift)^2; the shift is passed as the mean.
+// The sums of (x - shift) and (x - shift)^2.
 template <class T>
-void moments(Matrix<T> m, const T* x, Acc<T>* sum, Acc<T>* squares) {
-  clear<T>(m.columns, sum, squares);
-  for_rows(m.rows, [&](int64_t row, auto group) INLINE_LAMBDA {
-    for_columns<T>(m.columns, [&](int64_t c, auto count) INLINE_LAMBDA {
-      const auto shift = load_acc<T>(m.mean + c);
-      auto sum_c = load_acc<T>(sum + c);
-      auto squares_c = load_acc<T>(squares + c);
+void moments(int64_t rows, int64_t columns, const Acc<T>* shift, const T* x, Acc<T>* sum, Acc<T>* squares) {
+  clear<T>(columns, sum, squares);
+  for_rows(rows, [&](int64_t row, auto group) INLINE_LAMBDA {
+    for_columns<T>(columns, [&](int64_t c, auto count) INLINE_LAMBDA {
+      const auto shift_c = load_lanes<T>(shift + c);
+      auto sum_c = load_lanes<T>(sum + c);
+      auto squares_c = load_lanes<T>(squares + c);
       for (int64_t i = 0; i < group; ++i) {
-        const auto shifted = load(x + (row + i) * m.columns + c, count) - shift;
-        sum_c += shifted;
-        squares_c += shifted * shifted;
+        const auto shifted = load(x + (row + i) * columns + c, count) - shift_c;
+        sum_c = sum_c + shifted;
+        squares_c = squares_c + shifted * shifted;
       }
-      store_acc<T>(sum + c, sum_c);
-      store_acc<T>(squares + c, squares_c);
+      store_lanes<T>(sum + c, sum_c);
+      store_lanes<T>(squares + c, squares_c);
     });
   });
 }
 
 // y = relu((x - mean) * scale + bias + residual)
 template <class T, bool has_residual, bool relu>
-void normalize(Matrix<T> m, const T* x, const T* residual, T* y) {
-  for_rows(m.rows, [&](int64_t row, auto group) INLINE_LAMBDA {
-    for_columns<T>(m.columns, [&](int64_t c, auto count) INLINE_LAMBDA {
-      const auto mean = load_acc<T>(m.mean + c);
-      const auto scale = load_acc<T>(m.scale + c);
-      const auto bias = load_acc<T>(m.bias + c);
+void normalize(int64_t rows, int64_t columns, Affine<T> affine, const T* x, const T* residual, T* y) {
+  for_rows(rows, [&](int64_t row, auto group) INLINE_LAMBDA {
+    for_columns<T>(columns, [&](int64_t c, auto count) INLINE_LAMBDA {
+      const auto mean = load_lanes<T>(affine.mean + c);
+      const auto scale = load_lanes<T>(affine.scale + c);
+      const auto bias = load_lanes<T>(affine.bias + c);
       for (int64_t i = 0; i < group; ++i) {
-        const int64_t at = (row + i) * m.columns + c;
+        const int64_t at = (row + i) * columns + c;
         auto z = (load(x + at, count) - mean) * scale + bias;
-        if constexpr (has_residual) z += load(residual + at, count);
-        if constexpr (relu) z = zero_where_not_positive<Vec<T>>(z, z);
+        if constexpr (has_residual) z = z + load(residual + at, count);
+        if constexpr (relu) z = Wide<T>::where_positive(z, z);
         store(y + at, z, count);
       }
     });
   });
 }
 
-// The gradient of what ReLU was applied to. Without a residual its sign is recomputed from x, which is read anyway.
-template <class T, Mask mask, class Count>
-INLINE Vec<T> masked(Vec<T> dy, Vec<T> centered, Vec<T> scale, Vec<T> bias, const T* y, Count count) {
-  if constexpr (mask == Mask::from_x) return zero_where_not_positive<Vec<T>>(dy, centered * scale + bias);
-  if constexpr (mask == Mask::from_y) return zero_where_not_positive<Vec<T>>(dy, load(y, count));
-  return dy;
-}
-
-// dz = dy where y > 0, and the sums of dz and dz * (x - mean). A mask from y goes with a residual, whose gradient dz is.
+// dz = dy where y > 0, and the sums of dz and dz * (x - mean). With a residual the mask is y's and dz is
+// stored, being the residual's gradient; without one y's sign is recomputed from x, which is read anyway.
 template <class T, Mask mask>
-void reduce(Matrix<T> m, const T* dy, const T* x, const T* y, T* dz, Acc<T>* sum, Acc<T>* products) {
-  clear<T>(m.columns, sum, products);
-  for_rows(m.rows, [&](int64_t row, auto group) INLINE_LAMBDA {
-    for_columns<T>(m.columns, [&](int64_t c, auto count) INLINE_LAMBDA {
-      const auto mean = load_acc<T>(m.mean + c);
-      const auto scale = load_acc<T>(m.scale + c);
-      const auto bias = load_acc<T>(m.bias + c);
-      auto sum_c = load_acc<T>(sum + c);
-      auto products_c = load_acc<T>(products + c);
+void reduce(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const T* x, const T* y, T* dz,
+            Acc<T>* sum, Acc<T>* products) {
+  clear<T>(columns, sum, products);
+  for_rows(rows, [&](int64_t row, auto group) INLINE_LAMBDA {
+    for_columns<T>(columns, [&](int64_t c, auto count) INLINE_LAMBDA {
+      const auto mean = load_lanes<T>(affine.mean + c);
+      const auto scale = load_lanes<T>(affine.scale + c);
+      const auto bias = load_lanes<T>(affine.bias + c);
+      auto sum_c = load_lanes<T>(sum + c);
+      auto products_c = load_lanes<T>(products + c);
       for (int64_t i = 0; i < group; ++i) {
-        const int64_t at = (row + i) * m.columns + c;
+        const int64_t at = (row + i) * columns + c;
         const auto centered = load(x + at, count) - mean;
-        const auto gradient = masked<T, mask>(load(dy + at, count), centered, scale, bias, y + at, count);
-        if constexpr (mask == Mask::from_y) store(dz + at, gradient, count);
-        sum_c += gradient;
-        products_c += gradient * centered;
+        auto gradient = load(dy + at, count);
+        if constexpr (mask == Mask::from_x)
+          gradient = Wide<T>::where_positive(centered * scale + bias, gradient);
+        if constexpr (mask == Mask::from_y) {
+          gradient = Wide<T>::where_positive(load(y + at, count), gradient);
+          store(dz + at, gradient, count);
+        }
+        sum_c = sum_c + gradient;
+        products_c = products_c + gradient * centered;
       }
-      store_acc<T>(sum + c, sum_c);
-      store_acc<T>(products + c, products_c);
+      store_lanes<T>(sum + c, sum_c);
+      store_lanes<T>(products + c, products_c);
     });
   });
 }
 
 // dx = dz * scale + (x - mean) * slope + offset
 template <class T, Mask mask>
-void input_gradient(Matrix<T> m, const T* dy, const T* x, const Acc<T>* slope, const Acc<T>* offset, T* dx) {
-  for_rows(m.rows, [&](int64_t row, auto group) INLINE_LAMBDA {
-    for_columns<T>(m.columns, [&](int64_t c, auto count) INLINE_LAMBDA {
-      const auto mean = load_acc<T>(m.mean + c);
-      const auto scale = load_acc<T>(m.scale + c);
-      const auto bias = load_acc<T>(m.bias + c);
-      const auto slope_c = load_acc<T>(slope + c);
-      const auto offset_c = load_acc<T>(offset + c);
+void input_gradient(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const T* x,
+                    const Acc<T>* slope, const Acc<T>* offset, T* dx) {
+  for_rows(rows, [&](int64_t row, auto group) INLINE_LAMBDA {
+    for_columns<T>(columns, [&](int64_t c, auto count) INLINE_LAMBDA {
+      const auto mean = load_lanes<T>(affine.mean + c);
+      const auto scale = load_lanes<T>(affine.scale + c);
+      const auto bias = load_lanes<T>(affine.bias + c);
+      const auto slope_c = load_lanes<T>(slope + c);
+      const auto offset_c = load_lanes<T>(offset + c);
       for (int64_t i = 0; i < group; ++i) {
-        const int64_t at = (row + i) * m.columns + c;
+        const int64_t at = (row + i) * columns + c;
         const auto centered = load(x + at, count) - mean;
-        const auto gradient = masked<T, mask, decltype(count)>(load(dy + at, count), centered, scale, bias, nullptr, count);
+        auto gradient = load(dy + at, count);
+        if constexpr (mask == Mask::from_x)
+          gradient = Wide<T>::where_positive(centered * scale + bias, gradient);
         store(dx + at, gradient * scale + centered * slope_c + offset_c, count);
       }
     });
@@ -201,8 +262,10 @@ void input_gradient(Matrix<T> m, const T* dy, const T* x, const Acc<T>* slope, c
 
 template <class T>
 Kernels<T> kernels() {
-  return {moments<T>,
-          {{normalize<T, false, false>, normalize<T, false, true>}, {normalize<T, true, false>, normalize<T, true, true>}},
+  return {Storage<T>::stride,
+          moments<T>,
+          {{normalize<T, false, false>, normalize<T, false, true>},
+           {normalize<T, true, false>, normalize<T, true, true>}},
           {reduce<T, Mask::none>, reduce<T, Mask::from_x>, reduce<T, Mask::from_y>},
           {input_gradient<T, Mask::none>, input_gradient<T, Mask::from_x>}};
 }

@@ -59,7 +59,7 @@ class TrainConfig:
     batch_size: int = flag("Optimization", "training images a step; digits: 32", 128)
     eval_batch_size: int = flag("Optimization", "images a step in evaluation", 250)
     drop_last: bool = flag("Optimization", "leave out the last, smaller batch of a training epoch", True)
-    lr: float = flag("Optimization", "peak learning rate; digits: 0.02", 0.1)
+    lr: float = flag("Optimization", "peak learning rate; VGGs: 0.03; digits: 0.02", 0.1)
     momentum: float = flag("Optimization", "of SGD", 0.9)
     nesterov: bool = flag("Optimization", "Nesterov momentum", True)
     weight_decay: float = flag("Optimization", "of all parameters", 5e-4)
@@ -78,6 +78,8 @@ class TrainConfig:
     compile: bool | None = flag("Engine", "torch.compile the model; auto: on CUDA, if the run is long enough", None)
 
     output_dir: Path | None = flag("Output", "folder of the run; auto: runs/MODEL-DATASET-TIME", None)
+    checkpoint_every: int = flag("Output", "epochs between checkpoints", 1)
+    checkpoint_minutes: float = flag("Output", "minutes between checkpoints within an epoch; 0: none", 0.0)
 
     def __post_init__(self) -> None:
         for condition, message in (
@@ -85,6 +87,8 @@ class TrainConfig:
             (self.batch_size >= 1, f"--batch-size {self.batch_size}: must be at least 1"),
             (self.eval_batch_size >= 1, f"--eval-batch-size {self.eval_batch_size}: must be at least 1"),
             (self.workers >= 1, f"--workers {self.workers}: must be at least 1"),
+            (self.checkpoint_every >= 1, f"--checkpoint-every {self.checkpoint_every}: must be at least 1"),
+            (self.checkpoint_minutes >= 0, f"--checkpoint-minutes {self.checkpoint_minutes}: must not be negative"),
             (self.seed >= 0, f"--seed {self.seed}: must not be negative"),
             (self.lr > 0, f"--lr {self.lr}: must be positive"),
             (0 <= self.momentum < 1, f"--momentum {self.momentum}: must be in [0, 1)"),
@@ -132,7 +136,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def recipe_defaults(recipe: str, model: str) -> dict[str, Any]:
-    """What ``recipe`` sets in place of TrainConfig's defaults; the studies' values as published."""
+    """What ``recipe`` sets in place of TrainConfig's defaults for ``model``; the studies' values as published."""
     published = {
         "zero_gamma": False,
         "momentum": 0.9,
@@ -161,7 +165,7 @@ def recipe_defaults(recipe: str, model: str) -> dict[str, Any]:
             "schedule": "multistep",
             "milestones": (50, 75),
         }
-    return {}
+    return {"lr": 0.03} if model.startswith("vgg") else {}
 
 
 class Parser(argparse.ArgumentParser):

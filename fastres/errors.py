@@ -1,8 +1,24 @@
-"""The one exception that a user's mistake raises."""
+"""What goes wrong for a reason that a user can mend: command lines print the one line and no traceback."""
+
+from pathlib import Path
+from signal import Signals
 
 
 class UserError(Exception):
-    """Bad input: the message is one line that names the flag or file and says how to mend it.
+    """Bad input: the message names the flag or file and says how to mend it."""
 
-    Command lines print it without a traceback and exit with code 2.
-    """
+    exit_code = 2
+
+
+class RunError(UserError):
+    """A run that could not go on, although its input was good: a loss that is no number, a full disk."""
+
+    exit_code = 1
+
+
+class Interrupted(Exception):  # noqa: N818
+    """A signal ended the run, after a step and with everything saved."""
+
+    def __init__(self, signal_number: int, folder: Path) -> None:
+        self.exit_code = 128 + signal_number
+        super().__init__(f"stopped by {Signals(signal_number).name}; --resume {folder} goes on with the next step")

@@ -1,8 +1,10 @@
 """python -m fastres.train: trains a model, or evaluates a run's best weights again."""
 
 import json
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, recipe_defaults
 from fastres.data.datasets import load_dataset
-from fastres.errors import UserError
+from fastres.errors import Interrupted, UserError
 from fastres.report.plots import plot_curves
 from fastres.report.tables import summary_table
 from fastres.training.checkpoint import read_checkpoint
+from fastres.training.memory import keep_freed_memory
 from fastres.training.run import Row, Run, resolve
 
 # what may differ between a checkpoint and the run that goes on from it
-RESUMABLE = {"data_dir", "device", "loader", "workers", "compile", "epochs"}
+RESUMABLE = {"data_dir", "device", "loader", "workers", "compile", "epochs", "checkpoint_every", "checkpoint_minutes"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 2 for bad input, 130 for an interrupt."""
+    """Runs the command line and returns its exit code: 0, 2 for bad input, 1 for a run that could not go on, and 128
+    and the signal's number for one that was interrupted."""
     parser = Parser("python -m fastres.train", description=__doc__)
     add_flags(parser, TrainConfig)
     actions = parser.add_argument_group("Instead of a new run").add_mutually_exclusive_group()
@@ -36,12 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             evaluate_run(evaluate, given, console)
         else:
             train(given, resume, console)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; --resume goes on from the last finished epoch", file=sys.stderr)
-        return 130
+    except (UserError, Interrupted) as error:
+        print(f"{parser.prog}: {'error: ' if isinstance(error, UserError) else ''}{error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 
@@ -62,6 +63,8 @@ def train(given: dict[str, Any], resume: Path | None, console: Console) -> dict[
     config, line = resolve(requested, dataset)
     console.print(line)
 
+    if config.device == "cpu":
+        keep_freed_memory()
     run = Run(config, dataset, checkpoint)
     with progress_bar(console, len(run.train_loader)) as progress:
 
@@ -69,12 +72,32 @@ def train(given: dict[str, Any], resume: Path | None, console: Console) -> dict[
             progress.console.print(epoch_line(row, config.epochs))
             progress.reset(task, description=f"epoch {row['epoch'] + 1}", visible=row["epoch"] < config.epochs)
 
-        task = progress.add_task(f"epoch {len(run.history) + 1}", total=len(run.train_loader))
-        summary = run.fit(lambda: progress.advance(task), on_epoch)
+        done = run.epoch.steps if run.epoch else 0
+        task = progress.add_task(f"epoch {len(run.history) + 1}", total=len(run.train_loader), completed=done)
+        with signals_noted() as signalled:
+            summary = run.fit(lambda: progress.advance(task), on_epoch, signalled)
     picture = plot_curves(run.folder, f"{summary['model']} on {summary['dataset']}")
     console.print(summary_table(summary))
     console.print(f"run:     {run.folder}\npicture: {picture}")
     return summary
+
+
+@contextmanager
+def signals_noted() -> Iterator[Callable[[], int]]:
+    """Gives a function that says which of SIGINT and SIGTERM has come, 0 for none; a second one acts at once."""
+    noted = 0
+
+    def note(number: int, frame: object) -> None:
+        nonlocal noted
+        noted = number
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def resumed_settings(saved: dict[str, Any], given: dict[str, Any], resume: Path) -> dict[str, Any]:

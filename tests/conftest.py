@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from fastres import train
 from fastres.data.datasets import Dataset, Split, folder
+from fastres.models import MODELS
 
 torch.set_num_threads(2)
 
@@ -61,6 +63,26 @@ def cifar10_jpeg() -> Dataset:
     if not root:
         pytest.skip("FASTRES_CIFAR10_JPEG is not set")
     return folder(Path(root), ("airplane", "automobile", "bird"))
+
+
+def tiny_model(num_classes: int, norm_layer: Callable[..., nn.Module]) -> nn.Module:
+    """A model that trains in milliseconds."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, bias=False),
+        norm_layer(8),
+        nn.Conv2d(8, 16, 3, stride=2, bias=False),
+        norm_layer(16),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(16, num_classes),
+    )
+
+
+@pytest.fixture
+def tiny_vgg11(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts the tiny model in vgg11's place."""
+    monkeypatch.setitem(MODELS, "vgg11", tiny_model)
 
 
 class CommandLine:

@@ -8,6 +8,8 @@ import torch
 
 from fastres.config import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("tiny_vgg11")
+
 
 @pytest.fixture
 def flags(image_folder, tmp_path):

@@ -1,6 +1,7 @@
 """The loader that users get: DALI pipelines, for CPU and GPU, that apply the epoch plan to whole batches."""
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -41,28 +42,30 @@ class DaliLoader:
         self.device, self.workers = device, workers
         self.num_batches = len(split) // batch_size if drop_last else -(-len(split) // batch_size)
         self.pipeline: Pipeline | None = None
-        self.upcoming = 0  # the epoch that the pipeline gives next; -1 in the middle of one
+        self.upcoming = 0, 0  # the epoch and the batch that the pipeline gives next
 
     def __len__(self) -> int:
         """Batches an epoch."""
         return self.num_batches
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of epoch ``epoch``, counted from 0. Out of sequence, the pipeline is built anew."""
-        if self.pipeline is None or epoch != self.upcoming:
-            self.pipeline = self._build(epoch)
-        self.upcoming = -1
-        for _ in range(self.num_batches):
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of epoch ``epoch`` from ``first_batch`` on, both counted from 0.
+
+        Out of sequence, the pipeline is built anew.
+        """
+        if self.pipeline is None or (epoch, first_batch) != self.upcoming:
+            self.pipeline = self._build(epoch, first_batch)
+        for batch in range(first_batch, self.num_batches):
             images, labels = self.pipeline.run()
+            self.upcoming = (epoch, batch + 1) if batch + 1 < self.num_batches else (epoch + 1, 0)
             yield (
                 torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2),
                 torch.from_dlpack(labels.as_tensor()),
             )
-        self.upcoming = epoch + 1
 
-    def _build(self, first_epoch: int) -> Pipeline:
-        """The pipeline whose first batch is the first of ``first_epoch``."""
-        plan = self.plan_of_epoch(first_epoch)
+    def _build(self, epoch: int, first_batch: int) -> Pipeline:
+        """The pipeline that begins with ``first_batch`` of ``epoch``."""
+        plan = self.plan_of_epoch(epoch)
         columns = {  # name: dtype, ndim and layout of a sample
             "images": (types.UINT8, 3, "HWC"),
             "labels": (types.INT64, 0, None),
@@ -80,7 +83,7 @@ class DaliLoader:
         source = _PlannedBatches(
             {"images": self.images, "labels": self.labels},
             self.plan_of_epoch,
-            first_epoch,
+            epoch * self.num_batches + first_batch,
             self.num_batches,
             self.batch_size,
             list(columns),
@@ -133,32 +136,30 @@ class DaliLoader:
 class _PlannedBatches:
     """What DALI calls with the number of the batch since the pipeline was built: it gives that batch's ``columns``.
 
-    ``arrays`` has a row an image, in the split's order; the plan's own columns have a row a position.
+    ``arrays`` has a row an image, in the split's order; the plan's own columns have a row a position. ``first`` is the
+    number of the pipeline's first batch, counted from the start of epoch 0.
     """
 
     def __init__(
         self,
         arrays: dict[str, np.ndarray],
         plan_of_epoch: Callable[[int], EpochPlan],
-        first_epoch: int,
+        first: int,
         num_batches: int,
         batch_size: int,
         columns: list[str],
     ) -> None:
-        self.arrays, self.plan_of_epoch = arrays, plan_of_epoch
-        self.epoch, self.plan = first_epoch, plan_of_epoch(first_epoch)
-        self.first_epoch, self.num_batches, self.batch_size = first_epoch, num_batches, batch_size
-        self.columns = columns
+        self.arrays, self.columns = arrays, columns
+        self.first, self.num_batches, self.batch_size = first, num_batches, batch_size
+        self.plan_of_epoch = lru_cache(maxsize=1)(plan_of_epoch)
 
     def __call__(self, iteration: int) -> tuple[np.ndarray, ...]:
-        ahead, batch = divmod(iteration, self.num_batches)
-        if self.first_epoch + ahead != self.epoch:
-            self.epoch = self.first_epoch + ahead
-            self.plan = self.plan_of_epoch(self.epoch)
+        epoch, batch = divmod(self.first + iteration, self.num_batches)
+        plan = self.plan_of_epoch(epoch)
         rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-        index = self.plan.order[rows]
+        index = plan.order[rows]
         return tuple(
-            self.arrays[name][index] if name in self.arrays else getattr(self.plan, name)[rows] for name in self.columns
+            self.arrays[name][index] if name in self.arrays else getattr(plan, name)[rows] for name in self.columns
         )
 
 

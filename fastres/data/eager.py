@@ -1,5 +1,6 @@
 """The eager baseline: torchvision transforms on one image at a time in a DataLoader, as the studies wrote it."""
 
+import gc
 import io
 from collections.abc import Callable, Iterator
 
@@ -35,22 +36,34 @@ class EagerLoader:
     ) -> None:
         self.images = _PlannedImages(split, mean, std)
         self.plan_of_epoch = plan_of_epoch
-        self.batches = DataLoader(
-            self.images,
-            batch_size,
-            num_workers=workers,
-            drop_last=drop_last,
-            pin_memory=device.type == "cuda",
-        )
+        self.batch_size, self.workers, self.drop_last = batch_size, workers, drop_last
+        self.pin_memory = device.type == "cuda"
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        return len(self.batches)
+        return len(self._batches(0))
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of epoch ``epoch``, counted from 0."""
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of epoch ``epoch`` from ``first_batch`` on, both counted from 0."""
         self.images.plan = self.plan_of_epoch(epoch)
-        return iter(self.batches)
+        return iter(self._batches(first_batch))
+
+    def _batches(self, first_batch: int) -> DataLoader:
+        return DataLoader(
+            self.images,
+            self.batch_size,
+            sampler=range(first_batch * self.batch_size, len(self.images)),
+            num_workers=self.workers,
+            drop_last=self.drop_last,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # or every iteration would draw from the global one, which dropout uses
+            worker_init_fn=_keep_what_was_inherited,
+        )
+
+
+def _keep_what_was_inherited(worker: int) -> None:
+    """A forked process must not collect the parent's garbage: a DALI pipeline's threads, say, do not exist in it."""
+    gc.freeze()
 
 
 class _PlannedImages(Dataset):

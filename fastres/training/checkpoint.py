@@ -6,22 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fastres.errors import UserError
-from fastres.training.trainer import Trainer
+from fastres.errors import RunError, UserError
+from fastres.training.trainer import Epoch, Trainer
 
 FORMAT = "fastres checkpoint 1"
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls ``write`` with a temporary path and moves the file to ``path`` once it is on the disk: a crash leaves the
-    file that was there before."""
+    """Calls ``write`` with a temporary path and moves the file to ``path`` once it is on the disk.
+
+    A crash leaves the file that was there before, and so does a full disk, which raises RunError.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have their own
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"{path}: cannot be written ({_first_line(error)}); make room, then --resume {path.parent}"
+        ) from error
 
 
 def save_weights(model: torch.nn.Module, path: Path) -> None:
@@ -38,14 +47,14 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         raise UserError(f"{path}: does not hold weights of this model ({_first_line(error)})") from error
 
 
-def save_checkpoint(path: Path, trainer: Trainer, history: list[dict[str, Any]], num_classes: int) -> None:
-    """Everything that the next epoch depends on."""
+def save_checkpoint(path: Path, trainer: Trainer, history: list[dict[str, Any]], epoch: Epoch | None = None) -> None:
+    """Everything that the next step depends on: of ``epoch``, if the run is in the middle of one."""
     cuda = trainer.device.type == "cuda"
     state = {
         "format": FORMAT,
         "config": trainer.config.to_json(),
-        "num_classes": num_classes,
         "history": history,
+        "epoch": epoch and epoch.state_dict(),
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.scheduler.state_dict(),
@@ -71,8 +80,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     raise UserError(f"--resume {path}: not a checkpoint of fastres, or damaged; give a run's folder or its last.pt")
 
 
-def restore(state: dict[str, Any], trainer: Trainer) -> None:
-    """Brings ``trainer`` to where ``state`` was saved."""
+def restore(state: dict[str, Any], trainer: Trainer) -> Epoch | None:
+    """Brings ``trainer`` to where ``state`` was saved, and returns the epoch that it was in the middle of, if any."""
     trainer.model.load_state_dict(state["model"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scheduler.load_state_dict(state["scheduler"])
@@ -80,6 +89,7 @@ def restore(state: dict[str, Any], trainer: Trainer) -> None:
     torch.set_rng_state(state["rng"])
     if trainer.device.type == "cuda" and state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"], trainer.device)
+    return state["epoch"] and Epoch.from_state_dict(state["epoch"], trainer.device)
 
 
 def _first_line(error: Exception) -> str:

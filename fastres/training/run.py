@@ -5,6 +5,7 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -22,11 +23,11 @@ from fastres.config import TrainConfig
 from fastres.data import Loader, choose_loader, create_loader
 from fastres.data.datasets import Dataset, Split
 from fastres.data.plan import evaluation_plan, training_plan
-from fastres.errors import UserError
+from fastres.errors import Interrupted, RunError, UserError
 from fastres.models import create_model
 from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights, write_atomically
 from fastres.training.hardware import choose_amp, choose_compile, choose_device
-from fastres.training.trainer import Evaluation, Trainer
+from fastres.training.trainer import Epoch, Evaluation, Trainer
 
 Row = dict[str, Any]
 
@@ -94,50 +95,93 @@ class Run:
         model = create_model(config.model, len(dataset.classes), bool(config.zero_gamma), config.fused)
         self.trainer = Trainer(model, config, device, len(dataset.classes), len(self.train_loader))
         self.history: list[Row] = []
+        self.epoch: Epoch | None = None  # that a checkpoint was in the middle of
+        self.resumed = checkpoint is not None
         if checkpoint is not None:
-            restore(checkpoint, self.trainer)
+            self.epoch = restore(checkpoint, self.trainer)
             self.history = checkpoint["history"]
 
     def fit(
-        self, on_step: Callable[[], None] = lambda: None, on_epoch: Callable[[Row], None] = lambda row: None
+        self,
+        on_step: Callable[[], None] = lambda: None,
+        on_epoch: Callable[[Row], None] = lambda row: None,
+        signalled: Callable[[], int] = lambda: 0,
     ) -> dict[str, Any]:
         """Trains to the last epoch, writing to the run's folder after each, and returns the summary.
 
-        Raises UserError where the folder already holds another run.
+        ``signalled`` is asked after every step: a signal's number ends the run there, saved, with Interrupted.
+        Raises UserError where the folder already holds another run, and RunError for a loss that is no number.
         """
-        if not self.history and (self.folder / "config.json").exists():
+        if not self.resumed and (self.folder / "config.json").exists():
             raise UserError(
                 f"--output-dir {self.folder}: already holds a run; choose another folder, or --resume {self.folder}"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output-dir {self.folder}: cannot be made ({error.strerror})") from error
         write_json(self.folder / "config.json", self.config.to_json())
+        if not self.resumed:
+            self._save()
         with SummaryWriter(str(self.folder), purge_step=len(self.history)) as tensorboard:
-            for epoch in range(len(self.history), self.config.epochs):
-                row = self._epoch(epoch, on_step)
+            while len(self.history) < self.config.epochs:
+                epoch = self.epoch or Epoch.begin(len(self.history), self.trainer.device)
+                self.epoch = None
+                self._train(epoch, on_step, signalled)
+                row = self._finish(epoch)
                 for name, value in row.items():
-                    if name != "epoch" and value is not None:
-                        tensorboard.add_scalar(name, value, epoch + 1)
+                    if name != "epoch":
+                        tensorboard.add_scalar(name, value, row["epoch"])
                 on_epoch(row)
         summary = self._summary()
         write_json(self.folder / "summary.json", summary)
         return summary
 
-    def _epoch(self, epoch: int, on_step: Callable[[], None]) -> Row:
-        trained = self.trainer.train_epoch(self.train_loader, epoch, on_step)
-        test = self.trainer.evaluate(self.test_loader, epoch)
+    def _train(self, epoch: Epoch, on_step: Callable[[], None], signalled: Callable[[], int]) -> None:
+        """Trains on the rest of ``epoch``, saving within it as asked."""
+        saved = time.monotonic()
+
+        def after_step() -> None:
+            nonlocal saved
+            on_step()
+            signal_number = signalled()
+            minutes = (time.monotonic() - saved) / 60
+            if signal_number or 0 < self.config.checkpoint_minutes <= minutes:
+                self.trainer.synchronize()
+                self._check(epoch)
+                self._save(epoch)
+                saved = time.monotonic()
+            if signal_number:
+                raise Interrupted(signal_number, self.folder)
+
+        self.trainer.train_epoch(self.train_loader, epoch, after_step)
+        self._check(epoch)
+
+    def _check(self, epoch: Epoch) -> None:
+        finite = int(epoch.finite_steps)
+        if finite < epoch.steps:
+            raise RunError(
+                f"the loss was {epoch.loss} from step {finite + 1} of epoch {epoch.number + 1} on (learning rate "
+                f"{epoch.lr:.3g} by now): start again with a lower --lr or a longer --warmup-epochs; "
+                f"{self.folder / 'last.pt'} is from before"
+            )
+
+    def _finish(self, epoch: Epoch) -> Row:
+        """Evaluates after ``epoch`` and writes its row and the checkpoints."""
+        test = self.trainer.evaluate(self.test_loader, epoch.number)
         row: Row = {
-            "epoch": epoch + 1,
-            "lr": trained.lr,
-            "train_loss": trained.loss,
-            "train_accuracy": trained.accuracy,
+            "epoch": epoch.number + 1,
+            "lr": epoch.lr,
+            "train_loss": epoch.loss,
+            "train_accuracy": epoch.accuracy,
             "test_loss": test.loss,
             "test_accuracy": test.accuracy,
-            "epoch_seconds": trained.seconds,
-            "images_per_second": trained.images / trained.seconds,
-            "data_wait_seconds": trained.data_wait_seconds,
+            "epoch_seconds": epoch.seconds,
+            "images_per_second": epoch.images / epoch.seconds,
+            "data_wait_seconds": epoch.data_wait_seconds,
         }
         if self.validation_loader:
-            validation = self.trainer.evaluate(self.validation_loader, epoch)
+            validation = self.trainer.evaluate(self.validation_loader, epoch.number)
             row |= {"val_loss": validation.loss, "val_accuracy": validation.accuracy}
         self.history.append(row)
         if best_row(self.history) is row:
@@ -145,8 +189,12 @@ class Run:
         frame = pd.DataFrame(self.history)
         write_atomically(self.folder / "history.csv", partial(frame.to_csv, index=False))
         write_atomically(self.folder / "history.pkl", frame.to_pickle)
-        save_checkpoint(self.folder / "last.pt", self.trainer, self.history, len(self.dataset.classes))
+        if row["epoch"] % self.config.checkpoint_every == 0 or row["epoch"] == self.config.epochs:
+            self._save()
         return row
+
+    def _save(self, epoch: Epoch | None = None) -> None:
+        save_checkpoint(self.folder / "last.pt", self.trainer, self.history, epoch)
 
     def evaluate_best(self) -> Evaluation:
         """The test split through the best epoch's weights, reloaded from their file."""

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,20 +17,50 @@ from fastres.training.schedule import lr_factor
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
 
-@dataclass(frozen=True)
-class EpochResult:
-    """One epoch of training. Accuracy in percent, loss with label smoothing, times in seconds.
+@dataclass
+class Epoch:
+    """An epoch of training, as far as it has come; with the trainer's own state, enough to go on with it.
 
-    ``seconds`` runs between two synchronisations of the device and covers training alone; ``data_wait_seconds`` is the
-    part of it in which the step stood waiting for a batch.
+    Sums are over the images seen and stay on the device: ``loss_sum`` (float64, label smoothing included),
+    ``correct`` and ``finite_steps`` (int64), the steps before the first whose loss was NaN or infinite. ``seconds``
+    covers training alone and ``data_wait_seconds`` is the part of it in which the step stood waiting for a batch.
     """
 
-    lr: float
-    loss: float
-    accuracy: float
-    images: int
-    seconds: float
-    data_wait_seconds: float
+    number: int  # from 0
+    loss_sum: torch.Tensor
+    correct: torch.Tensor
+    finite_steps: torch.Tensor
+    steps: int = 0
+    images: int = 0
+    lr: float = 0.0  # of the last step
+    seconds: float = 0.0
+    data_wait_seconds: float = 0.0
+
+    @classmethod
+    def begin(cls, number: int, device: torch.device) -> "Epoch":
+        return cls(
+            number,
+            loss_sum=torch.zeros((), dtype=torch.float64, device=device),
+            correct=torch.zeros((), dtype=torch.int64, device=device),
+            finite_steps=torch.zeros((), dtype=torch.int64, device=device),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> "Epoch":
+        tensors = {name: value.to(device) for name, value in state.items() if torch.is_tensor(value)}
+        return cls(**{**state, **tensors})
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum.item() / self.images
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100 * self.correct.item() / self.images
 
 
 @dataclass(frozen=True)
@@ -78,37 +109,30 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
 
-    def train_epoch(self, loader: Loader, epoch: int, on_step: Callable[[], None] = lambda: None) -> EpochResult:
-        """Trains on epoch ``epoch`` (from 0) of ``loader``, calling ``on_step`` after each step.
+    def train_epoch(self, loader: Loader, epoch: Epoch, after_step: Callable[[], None] = lambda: None) -> None:
+        """Trains on the rest of ``epoch``, bringing it up to date, and calls ``after_step`` after each step.
 
-        The host never waits for the device inside: loss and accuracy are summed there and read at the end.
+        The host never waits for the device inside. The clock stands still in ``after_step``, which is expected to
+        synchronise the device if it does more than look.
         """
         self.model.train()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        images_seen, waited, lr = 0, 0.0, 0.0
-        self._synchronize()
+        self.synchronize()
         start = asked = time.perf_counter()
-        for images, labels in loader.epoch(epoch):
-            waited += time.perf_counter() - asked
+        for images, labels in loader.epoch(epoch.number, epoch.steps):
+            epoch.data_wait_seconds += time.perf_counter() - asked
             images, labels = self._to_device(images, labels)
-            lr = self.optimizer.param_groups[0]["lr"]
+            epoch.lr = self.optimizer.param_groups[0]["lr"]
             loss, logits = self._step(images, labels)
-            loss_sum += loss * len(labels)
-            correct += (logits.argmax(1) == labels).sum()
-            images_seen += len(labels)
-            on_step()
-            asked = time.perf_counter()
-        self._synchronize()
-        seconds = time.perf_counter() - start
-        return EpochResult(
-            lr=lr,
-            loss=loss_sum.item() / images_seen,
-            accuracy=100 * correct.item() / images_seen,
-            images=images_seen,
-            seconds=seconds,
-            data_wait_seconds=waited,
-        )
+            epoch.loss_sum += loss * len(labels)
+            epoch.finite_steps += epoch.loss_sum.isfinite()
+            epoch.correct += (logits.argmax(1) == labels).sum()
+            epoch.images += len(labels)
+            epoch.steps += 1
+            epoch.seconds += time.perf_counter() - start
+            after_step()
+            start = asked = time.perf_counter()
+        self.synchronize()
+        epoch.seconds += time.perf_counter() - start
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with self._autocast():
@@ -140,6 +164,11 @@ class Trainer:
             confusion=counts.tolist(),
         )
 
+    def synchronize(self) -> None:
+        """Waits until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, AMP_DTYPES[self.config.amp], enabled=self.config.amp != "off")
 
@@ -148,7 +177,3 @@ class Trainer:
             images.to(self.device, non_blocking=True, memory_format=self.memory_format),
             labels.to(self.device, non_blocking=True),
         )
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)

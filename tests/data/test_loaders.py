@@ -124,6 +124,16 @@ def test_epochs_out_of_sequence_and_half_read(name, arrays):
     torch.testing.assert_close(epoch_of(fresh, 1)[0], in_sequence[1])
 
 
+@pytest.mark.parametrize("name", LOADERS)
+def test_an_epoch_can_begin_in_its_middle(name, arrays):
+    plan_of_epoch = partial(training_plan, 0, num_images=60, augmentation="crop-flip-cutout")
+    loader = make_loader(name, arrays.train, plan_of_epoch, arrays)
+    whole = [images.clone() for images, _ in loader.epoch(1)]
+    rest = [images.clone() for images, _ in loader.epoch(1, first_batch=2)]
+    torch.testing.assert_close(rest, whole[2:], rtol=0, atol=0)
+    assert list(loader.epoch(1, first_batch=len(loader))) == []
+
+
 def test_dali_gives_channels_last(arrays):
     loader = make_loader("dali", arrays.train, lambda epoch: evaluation_plan(60), arrays)
     images, labels = next(iter(loader.epoch(0)))

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastres.config import TrainConfig
-from fastres.training.trainer import Trainer
+from fastres.training.trainer import Epoch, Trainer
 
 SETTINGS = {"device": "cpu", "amp": "off", "compile": False, "schedule": "constant", "warmup_epochs": 0.0, "lr": 0.05}
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
@@ -20,8 +20,8 @@ class Batches:
     def __len__(self):
         return len(self.batches)
 
-    def epoch(self, epoch):
-        return iter(self.batches)
+    def epoch(self, epoch, first_batch=0):
+        return iter(self.batches[first_batch:])
 
 
 def random_batches(sizes, seed=0):
@@ -51,12 +51,18 @@ def make_trainer(batches, model=None, device="cpu", **settings):
     return Trainer(model or small_model(), config, torch.device(device), 4, len(batches))
 
 
+def train_epoch(trainer, batches, number=0, after_step=lambda: None):
+    epoch = Epoch.begin(number, trainer.device)
+    trainer.train_epoch(batches, epoch, after_step)
+    return epoch
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_an_epoch_is_sgd_step_by_step(nesterov, label_smoothing):
     batches = random_batches([8, 8, 5])
     trainer = make_trainer(batches, nesterov=nesterov, label_smoothing=label_smoothing)
-    result = trainer.train_epoch(batches, 0)
+    result = train_epoch(trainer, batches)
 
     model = small_model()
     velocity = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
@@ -76,7 +82,7 @@ def test_an_epoch_is_sgd_step_by_step(nesterov, label_smoothing):
         torch.testing.assert_close(ours, reference)
     assert result.loss == pytest.approx(loss_sum / 21)
     assert result.accuracy == pytest.approx(100 * correct / 21)
-    assert result.images == 21
+    assert (result.images, result.steps, int(result.finite_steps)) == (21, 3, 3)
     assert 0 <= result.data_wait_seconds <= result.seconds
 
 
@@ -110,9 +116,9 @@ def test_the_schedule_moves_at_every_step():
     batches = random_batches([4] * 5)
     trainer = make_trainer(batches, schedule="cosine", epochs=2)
     seen = []
-    trainer.train_epoch(batches, 0, lambda: seen.append(trainer.optimizer.param_groups[0]["lr"]))
+    train_epoch(trainer, batches, 0, lambda: seen.append(trainer.optimizer.param_groups[0]["lr"]))
     assert len(set(seen)) == 5
-    assert trainer.train_epoch(batches, 1).lr < seen[-1]
+    assert train_epoch(trainer, batches, 1).lr < seen[-1]
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -129,7 +135,7 @@ def test_precision_and_layout_reach_the_model(amp, channels_last):
 
     batches = random_batches([4])
     trainer = make_trainer(batches, Probe(), amp=amp, channels_last=channels_last)
-    trainer.train_epoch(batches, 0)
+    train_epoch(trainer, batches)
     out = trainer.model.out
     assert out.dtype == (torch.bfloat16 if amp == "bf16" else torch.float32)
     assert out.is_contiguous(memory_format=torch.channels_last) == channels_last
@@ -141,12 +147,12 @@ def test_no_synchronisation_inside_an_epoch():
     batches = random_batches([8] * 4)
     batches.batches = [(images.cuda(), labels.cuda()) for images, labels in batches.batches]
     trainer = make_trainer(batches, device="cuda")
-    trainer.train_epoch(batches, 0)
+    train_epoch(trainer, batches)
     steps = []
 
     def forbid():
         steps.append(1)
         torch.cuda.set_sync_debug_mode("error" if len(steps) < 4 else "default")
 
-    trainer.train_epoch(batches, 0, forbid)
+    train_epoch(trainer, batches, 0, forbid)
     assert len(steps) == 4

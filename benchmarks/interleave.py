@@ -1,0 +1,44 @@
+"""Timing candidates against each other on a machine that is not quiet."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+
+def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each candidate in each round, `[rounds]`; a round runs every candidate once.
+
+    Whatever else the machine does then slows all of them alike. Each runs once beforehand, to warm up. A GPU
+    is waited for on both sides of a measurement.
+    """
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for run in candidates.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def percentiles(values: np.ndarray) -> dict[str, float]:
+    """The 20th, 50th and 80th percentile."""
+    return {f"p{p}": float(np.percentile(values, p)) for p in (20, 50, 80)}
+
+
+def ratios(seconds: Mapping[str, np.ndarray], of: str) -> dict[str, dict[str, float]]:
+    """How many times as long as `of` every other candidate took: p20, p50 and p80 of the rounds.
+
+    `fastest` compares each one's fastest round: on a busy machine, the least disturbed.
+    """
+    return {
+        name: {**percentiles(values / seconds[of]), "fastest": float(values.min() / seconds[of].min())}
+        for name, values in seconds.items()
+        if name != of
+    }

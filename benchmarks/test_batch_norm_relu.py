@@ -1,0 +1,94 @@
+"""batch_norm_relu against PyTorch and the machine's limit, on every shape that ResNet-50 and VGG-16 have.
+
+    python -m pytest benchmarks/test_batch_norm_relu.py --benchmark-only --benchmark-json=FILE
+
+bfloat16 activations, float32 parameters, channels-last. The candidates run in interleaved rounds, and
+`extra_info` holds how many times as long as the fused operator each took. `copy` is the limit: the time that
+copying takes for the bytes that the operator's passes move. FASTRES_BENCHMARK_BATCH=32 makes a quick run.
+"""
+
+import os
+
+import pytest
+import torch
+
+from fastres.ops import batch_norm_relu
+from fastres.ops.batch_norm_relu import reference
+from fastres.training.memory import keep_freed_memory
+
+from interleave import interleave, percentiles, ratios  # isort: skip
+
+BATCH = int(os.environ.get("FASTRES_BENCHMARK_BATCH", "128"))
+ROUNDS = 9
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# (channels, height and width): how many layers of ResNet-50 and of VGG-16 have it.
+SHAPES = {
+    (64, 32): (7, 2),
+    (256, 32): (4, 0),
+    (128, 32): (1, 0),
+    (128, 16): (7, 2),
+    (512, 16): (5, 0),
+    (256, 16): (1, 0),
+    (256, 8): (11, 3),
+    (1024, 8): (7, 0),
+    (512, 8): (1, 0),
+    (512, 4): (5, 3),
+    (2048, 4): (4, 0),
+    (512, 2): (0, 3),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_as_in_training():
+    keep_freed_memory()
+
+
+@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}x{shape[1]}")
+def test_batch_norm_relu(benchmark, shape, direction, has_residual):
+    channels, size = shape
+
+    def activation():
+        x = torch.randn(BATCH, channels, size, size, device=DEVICE, dtype=torch.bfloat16)
+        return x.to(memory_format=torch.channels_last)
+
+    x, residual, grad, copied = (activation() for _ in range(4))
+    weight, bias = torch.randn(2, channels, device=DEVICE).unbind()
+    running = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
+    leaves = [t.requires_grad_(direction != "forward") for t in (x, weight, bias)]
+    if has_residual:
+        leaves.append(residual.requires_grad_(direction != "forward"))
+    # Tensors read and written: x twice and y; grad and x twice and dx. A residual adds itself; y and dz.
+    tensors = 3 + has_residual
+    if direction != "forward":
+        tensors += 5 + 2 * has_residual
+
+    def step(function):
+        def run():
+            y = function(x, *running, weight, bias, residual=residual if has_residual else None)
+            return y if direction == "forward" else torch.autograd.grad(y, leaves, grad)
+
+        return run
+
+    torch.compiler.reset()
+    candidates = {
+        "fused": step(batch_norm_relu),
+        "eager": step(reference.batch_norm_relu),
+        "compile": step(torch.compile(reference.batch_norm_relu, dynamic=False)),
+        "copy": lambda: copied.copy_(x.detach()),
+    }
+    seconds = interleave(candidates, ROUNDS)
+    seconds["copy"] *= tensors / 2
+    resnet50, vgg16 = SHAPES[shape]
+    benchmark.extra_info.update(
+        batch=BATCH,
+        layers={"resnet50": resnet50, "vgg16": vgg16},
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        fused_seconds=percentiles(seconds["fused"]),
+        times_as_long=ratios(seconds, "fused"),
+    )
+    benchmark.pedantic(candidates["fused"], rounds=ROUNDS, warmup_rounds=1)

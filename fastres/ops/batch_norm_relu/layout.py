@@ -1,0 +1,21 @@
+"""The layouts and types that the kernels work in. csrc/batch_norm_relu.cpp has the same rules in C++."""
+
+import torch
+from torch import Tensor
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The type of the statistics and of every sum: float32, or float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def dense(tensor: Tensor, channels_last: bool) -> Tensor:
+    """The tensor with no gaps between its elements, the channels side by side if `channels_last`."""
+    if channels_last:
+        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+    return tensor.contiguous()
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the kernels treat `x` as channels-last, contiguous being the other choice."""
+    return x.stride(1) == 1

@@ -1,0 +1,311 @@
+"""fastres.ops.batch_norm_relu: what it computes, how it is registered, and what it refuses."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastres.ops import batch_norm_relu
+from fastres.ops.batch_norm_relu import reference
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
+    ),
+]
+LAYOUTS = ["channels_last", "contiguous", "strided"]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def tensor(shape, layout="channels_last", dtype=torch.float32, device="cpu"):
+    """Normally distributed; "strided" has gaps between its elements."""
+    if layout == "strided":
+        return torch.randn(*shape[:-1], 2 * shape[-1]).to(device, dtype)[..., ::2]
+    x = torch.randn(shape).to(device, dtype)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels_last" else x.contiguous()
+
+
+def parameters(channels, dtype=torch.float32, device="cpu"):
+    """weight, bias, running_mean and running_var; float32 beside half activations, as under autocast."""
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias, mean = torch.randn(3, channels).to(device, dtype).unbind()
+    return weight, bias, mean, (torch.rand(channels) + 0.5).to(device, dtype)
+
+
+def run(function, x, residual, parameters, grad, dtype=None, **options):
+    """The output, the running statistics afterwards and the gradients of x, residual, weight and bias."""
+
+    def leaf(t):
+        return None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
+
+    x, residual, weight, bias = leaf(x), leaf(residual), leaf(parameters[0]), leaf(parameters[1])
+    running = [p.to(dtype or p.dtype, copy=True) for p in parameters[2:]]
+    y = function(x, *running, weight, bias, residual=residual, **options)
+    leaves = [t for t in (x, residual, weight, bias) if t is not None]
+    return [y.detach(), *running, *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
+
+
+def assert_close(actual, expected, tolerance):
+    for a, e in zip(actual, expected, strict=True):
+        scale = max(1.0, e.abs().max().item())
+        torch.testing.assert_close(a.double() / scale, e.double() / scale, rtol=0, atol=tolerance)
+
+
+def run_pytest(*arguments, **environment):
+    """pytest in a process of its own, with what must be in the environment from the start."""
+    command = [sys.executable, "-m", "pytest", "-q", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+class TestAgainstFloat64:
+    """Output, running statistics and every gradient, against PyTorch's own operators in float64."""
+
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize(
+        "shape", [(4, 64, 8, 8), (3, 5, 7, 3), (5, 33, 1, 1), (1, 7, 9, 10), (6, 17), (2, 50, 70)], ids=str
+    )
+    @pytest.mark.parametrize("has_residual", [False, True])
+    def test_grid(self, device, dtype, layout, shape, has_residual):
+        torch.manual_seed(0)
+        x = tensor(shape, layout, dtype, device) * 2 + 1
+        residual = tensor(shape, layout, dtype, device) if has_residual else None
+        grad = tensor(shape, "contiguous", dtype, device)
+        for training in (True, False):
+            for relu in (True, False):
+                arguments = x, residual, parameters(shape[1], dtype, device), grad
+                options = {"training": training, "relu": relu, "momentum": 0.3, "eps": 1e-3}
+                actual = run(batch_norm_relu, *arguments, **options)
+                expected = run(reference.batch_norm_relu, *arguments, dtype=torch.float64, **options)
+                assert_close(actual, expected, TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_large_enough_for_every_thread(self, layout):
+        torch.manual_seed(0)
+        shape = (8, 40, 33, 31)
+        arguments = tensor(shape, layout), tensor(shape, layout), parameters(40), tensor(shape)
+        actual = run(batch_norm_relu, *arguments)
+        assert_close(actual, run(reference.batch_norm_relu, *arguments, dtype=torch.float64), 2e-5)
+
+    @pytest.mark.parametrize("capability", ["avx2", "default"])
+    def test_other_instruction_sets(self, capability):
+        """The grid again with what an older processor would run."""
+        run_pytest("-k", "test_grid and cpu", __file__, ATEN_CPU_CAPABILITY=capability)
+
+    def test_triton_kernels_in_the_interpreter(self):
+        pytest.importorskip("triton")
+        run_pytest(str(Path(__file__).with_name("triton_interpreter.py")), TRITON_INTERPRET="1")
+
+
+class TestRegistration:
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("requires_grad", [True, False])
+    @pytest.mark.parametrize("has_residual", [True, False])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_opcheck(self, device, layout, dtype, requires_grad, has_residual, training):
+        x, residual, grad = (tensor((3, 6, 4, 5), layout, dtype, device) for _ in range(3))
+        weight, bias, *running = parameters(6, dtype, device)
+        for t in (x, residual, weight, bias):
+            t.requires_grad_(requires_grad)
+        residual = residual if has_residual else None
+        options = training, 1e-5, True
+        torch.library.opcheck(
+            torch.ops.fastres.batch_norm_relu.default, (x, residual, weight, bias, *running, *options)
+        )
+        with torch.no_grad():
+            y, mean, var = torch.ops.fastres.batch_norm_relu(x, residual, weight, bias, *running, *options)
+        torch.library.opcheck(
+            torch.ops.fastres.batch_norm_relu_backward.default,
+            (grad, *(t.detach() for t in (x, y)), None, bias.detach(), mean, var, *options),
+        )
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("relu", [True, False])
+    def test_gradcheck(self, layout, training, relu):
+        torch.manual_seed(0)
+        x, residual = (tensor((3, 3, 2, 2), layout, torch.float64).detach() for _ in range(2))
+        weight, bias, *running = parameters(3, torch.float64)
+
+        def function(x, residual, weight, bias):
+            return batch_norm_relu(
+                x,
+                *(r.clone() for r in running),
+                weight,
+                bias,
+                residual=residual,
+                training=training,
+                relu=relu,
+            )
+
+        leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
+        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradcheck(lambda x, w, b: function(x, None, w, b), [x, weight, bias])
+
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+    @pytest.mark.parametrize("opaque", [True, False])
+    def test_compiled_agrees_without_a_graph_break(self, device, layout, opaque, monkeypatch):
+        module = importlib.import_module("fastres.ops.batch_norm_relu")
+        monkeypatch.setattr(module, "OPAQUE_TO_COMPILER", opaque)
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        shape = (4, 16, 6, 6)
+        arguments = [tensor(shape, layout, device=device), tensor(shape, layout, device=device)]
+        arguments += [parameters(16, device=device), tensor(shape, "contiguous", device=device)]
+        compiled = torch.compile(batch_norm_relu, fullgraph=True)
+        assert_close(run(compiled, *arguments), run(batch_norm_relu, *arguments), 1e-5)
+
+    def test_layout_of_the_result(self):
+        for layout in ("channels_last", "contiguous"):
+            x = tensor((2, 3, 4, 5), layout).requires_grad_()
+            y = batch_norm_relu(x, None, None)
+            y.backward(tensor((2, 3, 4, 5), "contiguous"))
+            assert y.stride() == x.grad.stride() == x.stride()
+
+
+class TestAutograd:
+    def test_one_tensor_as_input_and_residual(self):
+        x = tensor((4, 8, 5, 5)).requires_grad_()
+        same = batch_norm_relu(x, None, None, residual=x)
+        grad = torch.randn_like(same)
+        (actual,) = torch.autograd.grad(same, x, grad)
+        (expected,) = torch.autograd.grad(reference.batch_norm_relu(x, None, None, residual=x), x, grad)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("leaf", range(4))
+    def test_only_one_input_requires_grad(self, leaf):
+        x, residual = tensor((4, 8, 5, 5)), tensor((4, 8, 5, 5))
+        weight, bias, *_ = parameters(8)
+        leaves = [x, residual, weight, bias]
+        leaves[leaf].requires_grad_()
+        grads = []
+        for function in (batch_norm_relu, reference.batch_norm_relu):
+            y = function(x, None, None, weight, bias, residual=residual)
+            grads += torch.autograd.grad(y.square().sum(), leaves[leaf])
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+    def test_no_input_requires_grad(self):
+        assert not batch_norm_relu(tensor((4, 8, 5, 5)), None, None).requires_grad
+
+
+class TestStability:
+    @pytest.mark.parametrize(
+        ("dtype", "mean", "std"),
+        [(torch.float32, 1e4, 1e-1), (torch.bfloat16, 128, 1), (torch.float32, 1e4, 0)],
+        ids=str,
+    )
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_large_mean(self, dtype, mean, std, layout):
+        torch.manual_seed(0)
+        x = tensor((16, 20, 16, 16), layout, torch.float32) * std + mean
+        x = x.to(dtype)
+        running = torch.zeros(20), torch.ones(20)
+        y = batch_norm_relu(x, *running, momentum=1.0, relu=False)
+        exact = x.double()
+        torch.testing.assert_close(running[0].double(), exact.mean([0, 2, 3]), rtol=1e-6, atol=0)
+        torch.testing.assert_close(running[1].double(), exact.var([0, 2, 3]), rtol=1e-4, atol=1e-12)
+        # The mean is kept in float32: half its spacing over the standard deviation is what y may be off by.
+        tolerance = 3e-2 if dtype == torch.bfloat16 else 0.5 * 2**-10 / max(std, 1e-5**0.5) + 1e-4
+        expected = F.batch_norm(exact, None, None, training=True)
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=tolerance)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_an_outlier_where_the_shift_is_sampled(self, layout):
+        x = tensor((16, 4, 32, 32), layout)
+        x[0, :, 0, 0] = 1e4
+        running = torch.zeros(4), torch.ones(4)
+        batch_norm_relu(x, *running, momentum=1.0)
+        torch.testing.assert_close(running[1].double(), x.double().var([0, 2, 3]), rtol=2e-3, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    @pytest.mark.parametrize("where", [0, 77])
+    def test_what_is_not_finite_goes_through_as_in_torch(self, dtype, value, where):
+        torch.manual_seed(0)
+        x = tensor((4, 5, 6, 6), "contiguous", dtype)
+        x[where // 36, 2, where % 36 // 6, where % 6] = value
+        arguments = x, None, parameters(5, dtype), tensor((4, 5, 6, 6), "contiguous", dtype)
+        actual = run(batch_norm_relu, *arguments)
+        expected = run(reference.batch_norm_relu, *arguments)
+        for a, e in zip(actual[:3], expected[:3], strict=True):
+            assert torch.equal(a.isnan(), e.isnan())
+            assert torch.equal(a.isinf(), e.isinf())
+        assert actual[3][:, [0, 1, 3, 4]].isfinite().all()
+
+    def test_evaluation_passes_nan_and_infinity(self):
+        x = torch.tensor([float("nan"), float("inf"), float("-inf"), 1.0]).view(4, 1, 1, 1)
+        running = torch.zeros(1), torch.ones(1)
+        actual = batch_norm_relu(x, *running, training=False)
+        expected = reference.batch_norm_relu(x, *running, training=False)
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+class TestArguments:
+    def test_an_empty_batch_is_as_in_torch(self):
+        for function in (batch_norm_relu, reference.batch_norm_relu):
+            x = torch.empty(0, 3, 4, 4, requires_grad=True)
+            weight, bias, *running = parameters(3)
+            before = [r.clone() for r in running]
+            y = function(x, *running, weight.requires_grad_(), bias)
+            y.sum().backward()
+            assert y.shape == x.grad.shape == x.shape
+            assert torch.equal(weight.grad, torch.zeros(3))
+            assert all(map(torch.equal, before, running))
+
+    def test_one_value_per_channel(self):
+        messages = []
+        for function in (batch_norm_relu, reference.batch_norm_relu):
+            with pytest.raises(ValueError, match="more than 1 value per channel") as error:
+                function(torch.randn(1, 3, 1, 1), None, None)
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]
+        assert batch_norm_relu(torch.randn(1, 3, 1, 1), *parameters(3)[2:], training=False).shape == (
+            1,
+            3,
+            1,
+            1,
+        )
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"x": torch.ones(3)}, "shape"),
+            ({"running_mean": torch.ones(3)}, "neither be None"),
+            ({"training": False}, "needed"),
+            ({"weight": torch.ones(4)}, "weight has shape"),
+            ({"bias": torch.ones(3, 1)}, "bias has shape"),
+            ({"residual": torch.ones(2, 3, 4, 1)}, "residual"),
+            ({"residual": torch.ones(2, 3, 4, 4).bfloat16()}, "residual"),
+        ],
+        ids=str,
+    )
+    def test_refused(self, arguments, message):
+        defaults = {"x": torch.randn(2, 3, 4, 4), "running_mean": None, "running_var": None}
+        with pytest.raises(ValueError, match=message):
+            batch_norm_relu(**{**defaults, **arguments})
+
+    def test_without_the_extension_the_error_says_how_to_build_it(self):
+        script = """
+import sys
+sys.modules["fastres._C"] = None  # importing it fails
+import torch
+from fastres.ops import batch_norm_relu
+batch_norm_relu(torch.randn(2, 3, 4, 4), None, None)
+"""
+        command = [sys.executable, "-c", script]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "RuntimeError" in result.stderr
+        assert "make setup" in result.stderr

@@ -1,0 +1,80 @@
+"""The Triton kernels in Triton's interpreter, on the CPU. test_batch_norm_relu.py runs this with
+TRITON_INTERPRET=1, which Triton reads when a kernel is decorated."""
+
+import pytest
+import torch
+
+from fastres.ops.batch_norm_relu import triton_kernels
+
+SHAPES = [(2, 3, 5, 7), (4, 20, 3, 3), (2, 5, 1, 1), (3, 6, 40, 40), (9, 18, 12, 12)]
+
+
+def reference(x, residual, weight, bias, mean, var, training, eps, relu):
+    """y, mean and var in float64."""
+    axes = [0, *range(2, x.dim())]
+    shape = [-1, *[1] * (x.dim() - 2)]
+    if training:
+        mean, var = x.mean(axes), x.var(axes, correction=0)
+    y = (x - mean.view(shape)) / (var.view(shape) + eps).sqrt() * weight.view(shape) + bias.view(shape)
+    y = y if residual is None else y + residual
+    return torch.relu(y) if relu else y, mean, var
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("has_residual", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_agrees_with_float64(shape, dtype, channels_last, has_residual, relu, training):
+    torch.manual_seed(0)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def activation():
+        return torch.randn(shape).to(dtype).to(memory_format=memory_format)
+
+    x, residual, grad = activation() * 2 + 1, activation() if has_residual else None, activation()
+    weight, bias, running_mean = torch.randn(3, shape[1]).unbind()
+    running_var = torch.rand(shape[1]) + 0.5
+    y, mean, var = triton_kernels.forward(x, residual, weight, bias, running_mean, running_var, training, 1e-5, relu)
+    output = y if has_residual and relu else None
+    dx, dz, dweight, dbias = triton_kernels.backward(grad, x, output, weight, bias, mean, var, training, 1e-5, relu)
+
+    leaves = [t if t is None else t.double().requires_grad_() for t in (x, residual, weight, bias)]
+    expected, expected_mean, expected_var = reference(
+        *leaves, running_mean.double(), running_var.double(), training, 1e-5, relu
+    )
+    if output is not None:  # the same mask, whatever the rounding
+        expected = expected * (y > 0) + expected.detach() * (y <= 0)
+    expected_grads = torch.autograd.grad(expected, [t for t in leaves if t is not None], grad.double())
+    tolerance = {"rtol": 2e-2, "atol": 3e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    close = torch.testing.assert_close
+    close(y.double(), expected, **tolerance)
+    close(mean.double(), expected_mean, rtol=1e-5, atol=1e-5)
+    close(var.double(), expected_var, rtol=1e-5, atol=1e-5)
+    actual_grads = [dx, dz if output is not None else grad, dweight, dbias]
+    if not has_residual:
+        del actual_grads[1]
+    for actual, wanted in zip(actual_grads, expected_grads, strict=True):
+        scale = max(1.0, wanted.abs().max().item())
+        close(actual.double() / scale, wanted / scale, **tolerance)
+    assert y.stride() == x.stride() == dx.stride()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (3, 6, 40, 40)], ids=str)
+def test_large_mean_and_small_variance(shape):
+    x = (torch.randn(shape) * 0.1 + 1e4).to(memory_format=torch.channels_last)
+    _, mean, var = triton_kernels.forward(x, None, None, None, None, None, True, 1e-5, True)
+    torch.testing.assert_close(mean.double(), x.double().mean([0, 2, 3]), rtol=1e-7, atol=1e-3)
+    torch.testing.assert_close(var.double(), x.double().var([0, 2, 3], correction=0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (3, 6, 40, 40)], ids=str)
+def test_what_is_not_finite_stays_in_its_channel(shape, value):
+    x = torch.randn(shape)
+    x[0, 1, 0, 0] = value
+    y, mean, _ = triton_kernels.forward(x, None, None, None, None, None, True, 1e-5, True)
+    assert y[:, 1].isnan().all()
+    assert torch.equal(mean.isfinite(), torch.arange(shape[1]) != 1)
+    assert y[:, [0, 2]].isfinite().all()
