@@ -16,7 +16,7 @@ from interleave import interleave, percentiles, ratios
 
 from fastres.config import TrainConfig
 from fastres.models import create_model
-from fastres.profile import Resident, first_batch, planned_loader, synthetic
+from fastres.profile import Resident, first_batch, planned_loader, synthetic, train
 from fastres.training.baseline import StudyLoop
 from fastres.training.run import resolve, steps_per_epoch
 from fastres.training.trainer import Trainer
@@ -65,8 +65,8 @@ def test_step(benchmark, model, dataset):
     trainer, eager = make_trainer(config, dataset), make_eager(config)
     step = Resident(first_batch(config, dataset), 1)
     candidates = {
-        "fastres": lambda: trainer.train_epoch(step, 0),
-        "eager": lambda: eager.train_epoch(step, 0),
+        "fastres": lambda: train(trainer, step),
+        "eager": lambda: train(eager, step),
     }
     seconds = interleave(candidates, STEP_ROUNDS)
     describe(benchmark, "step", config)
@@ -82,9 +82,9 @@ def test_step(benchmark, model, dataset):
 def test_epoch(benchmark, model, dataset):
     config = defaults(model, dataset)
     trainer, loader = make_trainer(config, dataset), planned_loader(config, dataset, IMAGES // BATCH)
-    trainer.train_epoch(Resident(first_batch(config, dataset), 1), 0)
+    train(trainer, Resident(first_batch(config, dataset), 1))
     numbers, results = count(), []
-    benchmark.pedantic(lambda: results.append(trainer.train_epoch(loader, next(numbers))), rounds=EPOCH_ROUNDS)
+    benchmark.pedantic(lambda: results.append(train(trainer, loader, next(numbers))), rounds=EPOCH_ROUNDS)
     describe(benchmark, "epoch", config)
     benchmark.extra_info.update(
         images_per_epoch=results[0].images,
@@ -102,4 +102,4 @@ def test_compile_warm_up(benchmark, model, dataset, monkeypatch):
     config = replace(defaults(model, dataset), compile=True)
     trainer, step = make_trainer(config, dataset), Resident(first_batch(config, dataset), 1)
     describe(benchmark, "compile", config)
-    benchmark.pedantic(lambda: trainer.train_epoch(step, 0), rounds=1)
+    benchmark.pedantic(lambda: train(trainer, step), rounds=1)

@@ -7,7 +7,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and warns of memory tha
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -28,8 +28,9 @@ from fastres.models import create_model
 from fastres.report.profile import advice, plot_profile, profile_table
 from fastres.roofline import forward_macs, limit_seconds, measure_machine, step_kernels
 from fastres.training.baseline import StudyLoop
+from fastres.training.memory import keep_freed_memory
 from fastres.training.run import commit, device_name, resolve, steps_per_epoch, versions, write_json
-from fastres.training.trainer import AMP_DTYPES, EpochResult, Trainer
+from fastres.training.trainer import AMP_DTYPES, Epoch, Trainer
 
 BATCH_SIZES = {"cuda": 128, "cpu": 32}  # the studies' 128 takes a CPU longer than one waits for a profile
 LEAST_STEPS = 2  # in a round: the wait for the first batch is the start of the loader and not its pace
@@ -90,9 +91,9 @@ class Window:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         asked = time.perf_counter()
-        batches = self.loader.epoch(epoch)
+        batches = self.loader.epoch(epoch, first_batch)
         first = next(batches)
         self.first_wait = time.perf_counter() - asked
         yield first
@@ -108,8 +109,8 @@ class Resident:
     def __len__(self) -> int:
         return self.steps
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        return iter([self.batch] * self.steps)
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        return iter([self.batch] * (self.steps - first_batch))
 
 
 @dataclass
@@ -125,14 +126,22 @@ class Variant:
     epoch_seconds: list[float] = field(default_factory=list)
     wait_seconds: list[float] = field(default_factory=list)
 
-    def measure(self, epoch: int, steps_of_epoch: int) -> None:
-        """Trains on the window and scales what it took to an epoch: the first wait is paid once, the rest each step."""
-        result = self.engine.train_epoch(self.window, epoch)
+    def measure(self, number: int, steps_of_epoch: int) -> None:
+        """Trains on epoch ``number`` of the window and scales what it took to a whole one: the first wait is paid once,
+        the rest each step."""
+        result = train(self.engine, self.window, number)
         steps, first = len(self.window), getattr(self.window, "first_wait", 0.0)
         later_waits = (result.data_wait_seconds - first) / max(steps - 1, 1)
         self.wait_seconds.append(first + later_waits * (steps_of_epoch - 1))
         work = (result.seconds - result.data_wait_seconds) / steps
         self.epoch_seconds.append(work * steps_of_epoch + self.wait_seconds[-1])
+
+
+def train(engine: StudyLoop | Trainer, loader: Loader, number: int = 0) -> Epoch:
+    """Trains on epoch ``number`` of ``loader``."""
+    epoch = Epoch.begin(number, engine.device)
+    engine.train_epoch(loader, epoch)
+    return epoch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,6 +169,11 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
         raise UserError(f"--output-dir {defaults.output_dir}: already holds a profile; choose another folder")
     console.print(f"dataset: {dataset.name}, {len(dataset.train):,} training images\n{why}")
     device = torch.device(defaults.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+        console.print(
+            "every variant keeps freed memory as fastres does: a process cannot go back, so eager gains it too"
+        )
     dtype = AMP_DTYPES[defaults.amp]
     machine = measure_machine(device, dtype)
     console.print(
@@ -228,7 +242,7 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
     if config.trace:
         trace = defaults.output_dir / "trace.json"
         with torch.profiler.profile(profile_memory=True) as recorded:
-            fastres.engine.train_epoch(Resident(first_batch(fastres.config, dataset), LEAST_STEPS), 0)
+            train(fastres.engine, Resident(first_batch(fastres.config, dataset), LEAST_STEPS))
         recorded.export_chrome_trace(str(trace))
         console.print(f"trace:   {trace}, for chrome://tracing or ui.perfetto.dev")
     return result
@@ -332,9 +346,9 @@ def warm_up(variant: Variant, dataset: Dataset, console: Console) -> float:
     seconds."""
     step = Resident(first_batch(variant.config, dataset), 1)
     start = time.perf_counter()
-    variant.engine.train_epoch(step, 0)
+    train(variant.engine, step)
     variant.warm_up_seconds = time.perf_counter() - start
-    seconds, variant.peak_memory_mb = watch_memory(variant.engine, lambda: variant.engine.train_epoch(step, 0))
+    seconds, variant.peak_memory_mb = watch_memory(variant.engine, step)
     console.print(
         f"{variant.name}: first step {variant.warm_up_seconds:.2f} s, second {seconds:.2f} s, "
         f"peak memory {variant.peak_memory_mb:,.0f} MiB"
@@ -342,8 +356,8 @@ def warm_up(variant: Variant, dataset: Dataset, console: Console) -> float:
     return seconds
 
 
-def watch_memory(engine: StudyLoop | Trainer, train_step: Callable[[], EpochResult]) -> tuple[float, float]:
-    """Seconds of a training step, and the most MiB that torch's allocator held for this engine during it.
+def watch_memory(engine: StudyLoop | Trainer, step: Loader) -> tuple[float, float]:
+    """Seconds of a training step on ``step``, and the most MiB that torch's allocator held for this engine during it.
 
     That is the engine's weights and optimizer state, and the peak of what the step allocated on top of what was there.
     """
@@ -353,12 +367,12 @@ def watch_memory(engine: StudyLoop | Trainer, train_step: Callable[[], EpochResu
     if engine.device.type == "cuda":
         before = torch.cuda.memory_allocated(engine.device)
         torch.cuda.reset_peak_memory_stats(engine.device)
-        seconds = train_step().seconds
+        seconds = train(engine, step).seconds
         allocated = torch.cuda.max_memory_allocated(engine.device) - before
     else:
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, profile_memory=True) as recorded:
-            seconds = train_step().seconds
+            seconds = train(engine, step).seconds
         events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
         events.sort(key=lambda event: event.start_ns())
         allocated = max(accumulate(event.nbytes() for event in events), default=0)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastres.config import TrainConfig
 from fastres.data import Loader
-from fastres.training.trainer import AMP_DTYPES, EpochResult
+from fastres.training.trainer import AMP_DTYPES, Epoch
 
 
 class StudyLoop:
@@ -31,13 +31,12 @@ class StudyLoop:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
 
-    def train_epoch(self, loader: Loader, epoch: int) -> EpochResult:
-        """Trains on epoch ``epoch`` (from 0) of ``loader``."""
+    def train_epoch(self, loader: Loader, epoch: Epoch) -> None:
+        """Trains on ``epoch``, bringing it up to date."""
         self.model.train()
-        loss_sum, correct, images_seen, waited = 0.0, 0, 0, 0.0
         start = asked = time.perf_counter()
-        for images, labels in loader.epoch(epoch):
-            waited += time.perf_counter() - asked
+        for images, labels in loader.epoch(epoch.number):
+            epoch.data_wait_seconds += time.perf_counter() - asked
             images = images.to(self.device, memory_format=self.memory_format)
             labels = labels.to(self.device)
             self.optimizer.zero_grad()
@@ -47,15 +46,9 @@ class StudyLoop:
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            loss_sum += loss.item() * len(labels)
-            correct += (logits.argmax(1) == labels).sum().item()
-            images_seen += len(labels)
+            epoch.loss_sum += loss.item() * len(labels)
+            epoch.correct += (logits.argmax(1) == labels).sum().item()
+            epoch.images += len(labels)
+            epoch.steps += 1
             asked = time.perf_counter()
-        return EpochResult(
-            lr=self.config.lr,
-            loss=loss_sum / images_seen,
-            accuracy=100 * correct / images_seen,
-            images=images_seen,
-            seconds=time.perf_counter() - start,
-            data_wait_seconds=waited,
-        )
+        epoch.seconds += time.perf_counter() - start
