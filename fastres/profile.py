@@ -171,9 +171,7 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
     device = torch.device(defaults.device)
     if device.type == "cpu":
         keep_freed_memory()
-        console.print(
-            "every variant keeps freed memory as fastres does: a process cannot go back, so eager gains it too"
-        )
+        console.print("freed memory is kept for every variant: a process cannot undo that, so eager gains from it, too")
     dtype = AMP_DTYPES[defaults.amp]
     machine = measure_machine(device, dtype)
     console.print(
