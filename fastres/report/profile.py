@@ -46,7 +46,7 @@ def profile_table(result: dict[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in result["variants"]:
         table.add_row(
-            *_measured(row), f"{100 * row['data_wait_fraction']:.1f} %", f"{row['peak_memory_mb']:,.0f}", _share(row)
+            *_measured(row), f"{100 * row['data_wait_fraction']:.1f}%", f"{row['peak_memory_mb']:,.0f}", _share(row)
         )
     table.add_section()
     table.add_row(*_measured(result["model_alone"]), "", "", _share(result["model_alone"]))
@@ -73,7 +73,7 @@ def _seconds(value: float) -> str:
 
 
 def _share(row: dict[str, Any]) -> str:
-    return f"{100 * row['limit_share']:.1f} %"
+    return f"{100 * row['limit_share']:.1f}%"
 
 
 def advice(result: dict[str, Any]) -> str:
