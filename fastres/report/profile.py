@@ -134,8 +134,9 @@ def plot_profile(folder: Path) -> Path:
         ceilings.barh(i, rate, color="tab:blue" if name in ("eager", "fastres") else "0.75")
         ceilings.annotate(f"{rate:,.0f}", (rate, i), (4, 0), textcoords="offset points", va="center")
     ceilings.set_yticks(range(len(rates)), [name for name, _ in rates])
-    ceilings.set(xlabel="images/s", xscale="log", xlim=(0.5 * min(rate for _, rate in rates), None))
-    ceilings.margins(x=0.25)
+    ceilings.set(
+        xlabel="images/s", xscale="log", xlim=(0.5 * min(rate for _, rate in rates), 9 * max(rate for _, rate in rates))
+    )
     for axes in (epochs, ceilings):
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
