@@ -1,17 +1,28 @@
 # make train   set up if needed, then train (ARGS="--model vgg16 --dataset cifar10" passes flags on)
 # make test    set up if needed, then run the whole test suite
+# make bench   set up if needed, then run the benchmarks into benchmarks/results/
+# make results render the README's tables from benchmarks/results/
 
 PYTHON ?= python3
 ARGS ?= --model resnet50 --dataset digits
 BIN := .venv/bin
+MACHINE := $(shell (nvidia-smi --query-gpu=name --format=csv,noheader || sed -n 's/^model name.*: //p' /proc/cpuinfo) \
+	2>/dev/null | head -n 1 | tr -cs 'A-Za-z0-9\n' -)
 
-.PHONY: train test setup
+.PHONY: train test bench results setup
 
 train: setup
 	$(BIN)/python -m fastres.train $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only \
+		--benchmark-json=benchmarks/results/bench-$(MACHINE)-$(shell date +%F).json
+
+results: setup
+	$(BIN)/python benchmarks/render.py
 
 setup: .venv/ready
 

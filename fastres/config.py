@@ -198,6 +198,7 @@ def comma_separated_integers(text: str) -> tuple[int, ...]:
 PARSERS: dict[Any, Any] = {
     str: str,
     int: int,
+    int | None: int,
     float: float,
     Path: Path,
     Path | None: Path,

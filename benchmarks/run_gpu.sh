@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Everything that is worth knowing about fastres on a GPU, the most important first, in under 9 minutes.
+#
+#   benchmarks/run_gpu.sh [FOLDER]
+#
+# Each result is in FOLDER (benchmarks/results/MACHINE-DATE) as soon as it is there; a step that fails or takes too
+# long is noted in steps.txt, and the next begins. What no time is left for is noted, too. PYTHON names the interpreter
+# that fastres is installed for, BUDGET the seconds for all of it. QUICK=1 takes tiny sizes, to try the script itself,
+# also where there is no GPU.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python}
+BUDGET=${BUDGET:-520}
+if nvidia-smi -L >/dev/null 2>&1; then
+    machine=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -cs 'A-Za-z0-9\n' -)
+else
+    machine=cpu
+fi
+out=${1:-benchmarks/results/$machine-$(date +%F)}
+mkdir -p "$out"
+: >"$out/steps.txt"
+
+# step NAME SECONDS COMMAND...: runs it for at most SECONDS, keeps what it prints, and says how it ended
+step() {
+    local name=$1 limit=$2 start=$SECONDS left=$((BUDGET - SECONDS)) code=0
+    shift 2
+    if ((left < 15)); then
+        echo "$name: left out, no time" | tee -a "$out/steps.txt"
+        return
+    fi
+    ((limit > left)) && limit=$left
+    timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+    echo "$name: exit code $code after $((SECONDS - start)) s" | tee -a "$out/steps.txt"
+}
+
+pytest() { # NAME SECONDS FILE...: a benchmark
+    local name=$1 limit=$2
+    shift 2
+    step "$name" "$limit" "$PYTHON" -m pytest "$@" --benchmark-only --benchmark-json="$out/$name.json"
+}
+
+models=(resnet50 resnet18 vgg16 vgg19_bn_4096)
+batches=(128 512)
+sizes=(--seconds 6)
+training=(--dataset digits --epochs 8)
+if [[ ${QUICK:-} ]]; then
+    models=(vgg11)
+    batches=(8)
+    sizes=(--seconds 1 --images 64 --rounds 1)
+    training=(--dataset digits --epochs 2 --batch-size 256)
+    export FASTRES_BENCHMARK_BATCH=2
+fi
+
+step gpu-tests 90 "$PYTHON" -m pytest -m gpu
+pytest operator 90 benchmarks/test_batch_norm_relu.py
+pytest loaders 60 benchmarks/test_loaders.py
+for batch in "${batches[@]}"; do
+    for model in "${models[@]}"; do
+        # compiling takes most of the time; ResNet-50 shows what it gains
+        variant=--no-compile-variant
+        [[ $model == resnet50 ]] && variant=--compile-variant
+        step "profile-$model-$batch" 120 "$PYTHON" -m fastres.profile --model "$model" --batch-size "$batch" \
+            "${sizes[@]}" "$variant" --output-dir "$out/profile-$model-$batch"
+    done
+done
+for model in "${models[@]}"; do
+    step "train-$model" 60 "$PYTHON" -m fastres.train --model "$model" "${training[@]}" \
+        --output-dir "$out/train-$model"
+done
+echo "results: $out"

@@ -1,0 +1,414 @@
+"""python -m fastres.profile: what each step from eager PyTorch to fastres gains on this machine, and what is left."""
+
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler reports a missing GPU as an error
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and warns of memory that was there before it
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from fastres.config import Parser, TrainConfig, add_flags, flag
+from fastres.data import Loader, create_loader
+from fastres.data.datasets import DATASETS, IMAGE_SIZE, Dataset, Split, load_dataset
+from fastres.data.plan import training_plan
+from fastres.errors import UserError
+from fastres.models import create_model
+from fastres.report.profile import advice, plot_profile, profile_table
+from fastres.roofline import forward_macs, limit_seconds, measure_machine, step_kernels
+from fastres.training.baseline import StudyLoop
+from fastres.training.memory import keep_freed_memory
+from fastres.training.run import commit, device_name, resolve, steps_per_epoch, versions, write_json
+from fastres.training.trainer import AMP_DTYPES, Epoch, Trainer
+
+BATCH_SIZES = {"cuda": 128, "cpu": 32}  # the studies' 128 takes a CPU longer than one waits for a profile
+LEAST_STEPS = 2  # in a round: the wait for the first batch is the start of the loader and not its pace
+LOADER_IMAGES = 20_000  # so that the start of the loader is a small part of a pass
+LOADER_PASSES = 3
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def same_flag(name: str) -> Any:
+    """The field of TrainConfig, flag and default included."""
+    original = TrainConfig.__dataclass_fields__[name]
+    return field(default=original.default, metadata=original.metadata)
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """What is profiled, and for how long. Raises UserError where a value is out of its range."""
+
+    model: str = same_flag("model")
+
+    dataset: str = flag(
+        "Data", "synthetic: random images; they cost what real ones cost", "synthetic", ("synthetic", *DATASETS)
+    )
+    images: int = flag("Data", "of an epoch of synthetic images", 50_000)
+    data_dir: Path = same_flag("data_dir")
+    augmentation: str = same_flag("augmentation")
+    workers: int = same_flag("workers")
+
+    batch_size: int | None = flag("Engine", "training images a step; auto: 128 on CUDA, 32 on a CPU", None)
+    device: str = same_flag("device")
+    compile_variant: bool | None = flag(
+        "Engine", "measure torch.compile, too; auto: on CUDA, because compiling takes a CPU minutes", None
+    )
+
+    seconds: float = flag("Measurement", "time for the rounds; warm-up and loaders come on top", 80.0)
+    rounds: int = flag("Measurement", "rounds at most; in each, every variant runs in turn", 5)
+    trace: bool = flag("Measurement", "also write trace.json, a Chrome trace of two steps of fastres", False)
+    output_dir: Path | None = flag("Output", "folder of the results; auto: runs/profile-MODEL-TIME", None)
+
+    def __post_init__(self) -> None:
+        for condition, message in (
+            (self.images >= 1, f"--images {self.images}: must be at least 1"),
+            (self.seconds > 0, f"--seconds {self.seconds}: must be positive"),
+            (self.rounds >= 1, f"--rounds {self.rounds}: must be at least 1"),
+        ):
+            if not condition:
+                raise UserError(message)
+
+
+class Window:
+    """A short epoch of ``loader`` that notes how long its first batch took, which has the loader's start in it."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+        self.first_wait = 0.0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        asked = time.perf_counter()
+        batches = self.loader.epoch(epoch, first_batch)
+        first = next(batches)
+        self.first_wait = time.perf_counter() - asked
+        yield first
+        yield from batches
+
+
+class Resident:
+    """The same batch again and again, already on the device: a loader that costs nothing."""
+
+    def __init__(self, batch: Batch, steps: int) -> None:
+        self.batch, self.steps = batch, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        return iter([self.batch] * (self.steps - first_batch))
+
+
+@dataclass
+class Variant:
+    """One way to train, and what was measured of it, a value a round."""
+
+    name: str
+    config: TrainConfig
+    engine: StudyLoop | Trainer
+    window: Any = None
+    warm_up_seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+    epoch_seconds: list[float] = field(default_factory=list)
+    wait_seconds: list[float] = field(default_factory=list)
+
+    def measure(self, number: int, steps_of_epoch: int) -> None:
+        """Trains on epoch ``number`` of the window and scales what it took to a whole one: the first wait is paid once,
+        the rest each step."""
+        result = train(self.engine, self.window, number)
+        steps, first = len(self.window), getattr(self.window, "first_wait", 0.0)
+        later_waits = (result.data_wait_seconds - first) / max(steps - 1, 1)
+        self.wait_seconds.append(first + later_waits * (steps_of_epoch - 1))
+        work = (result.seconds - result.data_wait_seconds) / steps
+        self.epoch_seconds.append(work * steps_of_epoch + self.wait_seconds[-1])
+
+
+def train(engine: StudyLoop | Trainer, loader: Loader, number: int = 0) -> Epoch:
+    """Trains on epoch ``number`` of ``loader``."""
+    epoch = Epoch.begin(number, engine.device)
+    engine.train_epoch(loader, epoch)
+    return epoch
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 2 for bad input, 130 for an interrupt."""
+    parser = Parser("python -m fastres.profile", description=__doc__)
+    add_flags(parser, ProfileConfig)
+    given = parser.parse_flags(arguments)
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        profile(ProfileConfig(**given), console)
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
+    """Measures everything, prints the table, and writes profile.json, profile.png and, if asked, trace.json."""
+    defaults, dataset, why = prepare(config)
+    assert defaults.output_dir is not None
+    if (defaults.output_dir / "profile.json").exists():
+        raise UserError(f"--output-dir {defaults.output_dir}: already holds a profile; choose another folder")
+    console.print(f"dataset: {dataset.name}, {len(dataset.train):,} training images\n{why}")
+    device = torch.device(defaults.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+        console.print("freed memory is kept for every variant: a process cannot undo that, so eager gains from it, too")
+    dtype = AMP_DTYPES[defaults.amp]
+    machine = measure_machine(device, dtype)
+    console.print(
+        f"machine: {machine.flops_per_second / 1e12:.3g} TFLOP/s in {dtype} products, "
+        f"{machine.bytes_per_second / 1e9:.3g} GB/s in copies"
+    )
+    with torch.device("meta"):
+        shapes = create_model(defaults.model, len(dataset.classes))
+    step_limit = limit_seconds(step_kernels(shapes, defaults.batch_size, dtype), machine)
+
+    variants, left_out = build_variants(config, defaults, dataset, device)
+    for line in left_out:
+        console.print(f"left out: {line}")
+    step_seconds = [warm_up(variant, dataset, console) for variant in variants]
+    fastres = variants[-1]
+    model_alone = Variant("model alone", fastres.config, fastres.engine)
+    measured = [*variants, model_alone]
+
+    steps_of_epoch = steps_per_epoch(defaults, len(dataset.train))
+    affordable = config.seconds / (sum(step_seconds) + step_seconds[-1])
+    rounds = int(min(max(affordable // LEAST_STEPS, 1), config.rounds))
+    steps = int(min(max(affordable // rounds, LEAST_STEPS), steps_of_epoch))
+    for variant in variants:
+        variant.window = Window(planned_loader(variant.config, dataset, steps))
+    model_alone.window = Resident(first_batch(fastres.config, dataset), steps)
+    for number in range(rounds):
+        for variant in measured:
+            variant.measure(number, steps_of_epoch)
+        console.print(f"round {number + 1}/{rounds}, {steps} of {steps_of_epoch} steps: done")
+    loaders = dict.fromkeys(variant.config.loader for variant in variants)
+    loader_alone = loaders_alone([replace(defaults, loader=name) for name in loaders], dataset)
+
+    images = steps_of_epoch * defaults.batch_size
+    limit = step_limit * steps_of_epoch
+    rows = [row(variant, images, limit, variants[0]) for variant in measured]
+    result = {
+        "model": defaults.model,
+        "dataset": dataset.name,
+        "images_per_epoch": images,
+        "batch_size": defaults.batch_size,
+        "augmentation": defaults.augmentation,
+        "rounds": rounds,
+        "steps_per_round": steps,
+        "steps_per_epoch": steps_of_epoch,
+        "device": device_name(device),
+        "forward_gmac": forward_macs(shapes) / 1e9,
+        "machine": {"dtype": str(dtype).removeprefix("torch."), **asdict(machine)},
+        "limit_epoch_seconds": limit,
+        "limit_images_per_second": images / limit,
+        "variants": rows[:-1],
+        "model_alone": rows[-1],
+        "loader_alone_images_per_second": loader_alone,
+        "left_out": left_out,
+        "config": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()},
+        "versions": versions(),
+        "commit": commit(),
+        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
+    }
+    result["advice"] = advice(result)
+    defaults.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(defaults.output_dir / "profile.json", result)
+    picture = plot_profile(defaults.output_dir)
+    console.print(profile_table(result))
+    console.print(result["advice"])
+    console.print(f"result:  {defaults.output_dir / 'profile.json'}\npicture: {picture}")
+    if config.trace:
+        trace = defaults.output_dir / "trace.json"
+        with torch.profiler.profile(profile_memory=True) as recorded:
+            train(fastres.engine, Resident(first_batch(fastres.config, dataset), LEAST_STEPS))
+        recorded.export_chrome_trace(str(trace))
+        console.print(f"trace:   {trace}, for chrome://tracing or ui.perfetto.dev")
+    return result
+
+
+def prepare(config: ProfileConfig) -> tuple[TrainConfig, Dataset, str]:
+    """The settings that fastres.train would choose, the dataset, and the line that says why."""
+    settings = {name: getattr(config, name) for name in ("model", "data_dir", "augmentation", "workers", "device")}
+    requested = TrainConfig(**settings)  # checks the values before a dataset is read
+    if config.dataset == "synthetic":
+        dataset = synthetic(config.images)
+    else:
+        dataset, _ = load_dataset(config.dataset, config.data_dir)
+    time_now = f"{datetime.now():%Y%m%d-%H%M%S}"
+    batch_size = config.batch_size
+    if batch_size is None:
+        device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+        batch_size = min(BATCH_SIZES[device], len(dataset.train))
+    requested = replace(
+        requested,
+        dataset=dataset.name,
+        batch_size=batch_size,
+        output_dir=config.output_dir or Path("runs") / f"profile-{config.model}-{time_now}",
+    )
+    chosen, why = resolve(requested, dataset)
+    return chosen, dataset, why
+
+
+def synthetic(images: int) -> Dataset:
+    """``images`` random images in ten classes."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (images, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    split = Split(pixels, rng.integers(0, 10, images))
+    return Dataset("synthetic", tuple(str(label) for label in range(10)), split, split.take(np.arange(0)))
+
+
+def build_variants(
+    config: ProfileConfig, defaults: TrainConfig, dataset: Dataset, device: torch.device
+) -> tuple[list[Variant], list[str]]:
+    """The studies' loop, then that loop with one thing more at a time, then fastres; and a line for each that is left
+    out, with the reason."""
+    current = replace(defaults, channels_last=False, amp="off", loader="eager", fused=False, compile=False)
+    compile_too = config.compile_variant
+    if compile_too is None:
+        compile_too = device.type == "cuda"
+    variants = [("eager", current)]
+    left_out = []
+    change: dict[str, Any]
+    for name, change, reason in (
+        ("channels-last", {"channels_last": True}, ""),
+        ("AMP", {"amp": defaults.amp}, "this CPU has no bf16"),
+        ("DALI loader", {"loader": defaults.loader}, "DALI does not import"),
+        ("fused operator", {"fused": True}, ""),
+        ("compile", {"compile": compile_too}, "takes minutes on a CPU; --compile-variant measures it"),
+    ):
+        changed = replace(current, **change)
+        if changed == current:
+            left_out.append(f"+ {name} ({reason})")
+        else:
+            current = changed
+            variants.append((f"+ {name}", current))
+
+    def engine(name: str, config: TrainConfig) -> StudyLoop | Trainer:
+        torch.manual_seed(config.seed)
+        model = create_model(config.model, len(dataset.classes), bool(config.zero_gamma), config.fused)
+        if name != "fastres":
+            return StudyLoop(model, config, device)
+        return Trainer(model, config, device, len(dataset.classes), steps_per_epoch(config, len(dataset.train)))
+
+    variants.append(("fastres", defaults))
+    return [Variant(name, settings, engine(name, settings)) for name, settings in variants], left_out
+
+
+def planned_loader(config: TrainConfig, dataset: Dataset, steps: int) -> Loader:
+    """Training batches of ``config`` from as many random images as ``steps`` take."""
+    rng = np.random.default_rng(config.seed)
+    split = dataset.train.take(rng.permutation(len(dataset.train))[: steps * config.batch_size])
+    return create_loader(
+        config.loader,
+        split,
+        partial(training_plan, config.seed, num_images=len(split), augmentation=config.augmentation),
+        batch_size=config.batch_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        device=torch.device(config.device),
+        workers=config.workers,
+        drop_last=True,
+    )
+
+
+def first_batch(config: TrainConfig, dataset: Dataset) -> Batch:
+    """One training batch, on the device, in the memory format that the model takes."""
+    images, labels = next(planned_loader(config, dataset, 1).epoch(0))
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    device = torch.device(config.device)
+    return images.to(device, memory_format=memory_format).clone(), labels.to(device).clone()
+
+
+def warm_up(variant: Variant, dataset: Dataset, console: Console) -> float:
+    """Takes the first step, which compiles and tunes, and a second under the eyes of the allocator; returns its
+    seconds."""
+    step = Resident(first_batch(variant.config, dataset), 1)
+    start = time.perf_counter()
+    train(variant.engine, step)
+    variant.warm_up_seconds = time.perf_counter() - start
+    seconds, variant.peak_memory_mb = watch_memory(variant.engine, step)
+    console.print(
+        f"{variant.name}: first step {variant.warm_up_seconds:.2f} s, second {seconds:.2f} s, "
+        f"peak memory {variant.peak_memory_mb:,.0f} MiB"
+    )
+    return seconds
+
+
+def watch_memory(engine: StudyLoop | Trainer, step: Loader) -> tuple[float, float]:
+    """Seconds of a training step on ``step``, and the most MiB that torch's allocator held for this engine during it.
+
+    That is the engine's weights and optimizer state, and the peak of what the step allocated on top of what was there.
+    """
+    held = [*engine.model.parameters(), *engine.model.buffers()]
+    held += [value for state in engine.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    own = sum(tensor.numel() * tensor.itemsize for tensor in held)
+    if engine.device.type == "cuda":
+        before = torch.cuda.memory_allocated(engine.device)
+        torch.cuda.reset_peak_memory_stats(engine.device)
+        seconds = train(engine, step).seconds
+        allocated = torch.cuda.max_memory_allocated(engine.device) - before
+    else:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as recorded:
+            seconds = train(engine, step).seconds
+        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        allocated = max(accumulate(event.nbytes() for event in events), default=0)
+    return seconds, (own + allocated) / 2**20
+
+
+def loaders_alone(configs: Sequence[TrainConfig], dataset: Dataset) -> dict[str, float]:
+    """Images a second of each loader with nobody at work on them, its start included; passes interleaved."""
+    steps = max(min(LOADER_IMAGES, len(dataset.train)) // configs[0].batch_size, 1)
+    loaders = {config.loader: planned_loader(config, dataset, steps) for config in configs}
+    rates: dict[str, list[float]] = {name: [] for name in loaders}
+    for number in range(LOADER_PASSES):
+        for name, loader in loaders.items():
+            start = time.perf_counter()
+            images = sum(len(labels) for _, labels in loader.epoch(number))
+            if configs[0].device == "cuda":
+                torch.cuda.synchronize()
+            rates[name].append(images / (time.perf_counter() - start))
+    return {name: float(np.median(values)) for name, values in rates.items()}
+
+
+def row(variant: Variant, images: int, limit: float, eager: Variant) -> dict[str, Any]:
+    """A variant's figures; percentiles over the rounds."""
+    median, p20, p80 = (float(np.percentile(variant.epoch_seconds, q)) for q in (50, 20, 80))
+    return {
+        "name": variant.name,
+        "epoch_seconds": {"median": median, "p20": p20, "p80": p80, "rounds": variant.epoch_seconds},
+        "images_per_second": images / median,
+        "times_eager": float(np.median(eager.epoch_seconds)) / median,
+        "data_wait_fraction": sum(variant.wait_seconds) / sum(variant.epoch_seconds),
+        "peak_memory_mb": variant.peak_memory_mb,
+        "limit_share": limit / median,
+        "warm_up_seconds": variant.warm_up_seconds,
+        "engine": {
+            name: getattr(variant.config, name) for name in ("channels_last", "amp", "loader", "fused", "compile")
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

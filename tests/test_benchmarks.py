@@ -1,0 +1,155 @@
+"""The README's tables come from measured files, and the GPU script goes on when a step fails."""
+
+import importlib.util
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+specification = importlib.util.spec_from_file_location("render", ROOT / "benchmarks/render.py")
+render = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(render)
+
+VERSIONS = {"torch": "2.11.0"}
+
+
+def profile(date, median):
+    row = {
+        "name": "eager",
+        "epoch_seconds": {"median": median, "p20": 3.0, "p80": 5.0},
+        "images_per_second": 12500.4,
+        "times_eager": 1.0,
+        "data_wait_fraction": 0.312,
+        "peak_memory_mb": 1234.5,
+        "limit_share": 0.25,
+    }
+    return {
+        "model": "vgg16",
+        "dataset": "synthetic",
+        "images_per_epoch": 50_000,
+        "batch_size": 128,
+        "augmentation": "crop-flip",
+        "rounds": 5,
+        "steps_per_round": 40,
+        "steps_per_epoch": 390,
+        "device": "Some GPU",
+        "limit_epoch_seconds": 1.0,
+        "variants": [row],
+        "versions": VERSIONS,
+        "commit": "0123456789abcdef-dirty",
+        "date": date,
+    }
+
+
+def benchmarks(*measured):
+    return {
+        "machine_info": {"fastres": {"cpu": "Some CPU", "gpu": None, "versions": VERSIONS, "commit": "0123456789"}},
+        "datetime": "2026-01-02T03:04:05",
+        "benchmarks": [{"name": name, "extra_info": extra} for name, extra in measured],
+    }
+
+
+def readme(name):
+    return f"above\n<!-- results:{name} -->\nold\n<!-- /results:{name} -->\nbelow"
+
+
+def test_the_newest_profile_is_shown():
+    text = render.render(readme("profile"), [profile("2026-02-01 10:00", 4.0), profile("2026-01-01 10:00", 9.0)])
+    assert "| eager | 4.00 | 3.00 to 5.00 | 12,500 | 1.00 | 31.2 % | 1,234 | 25 % |" in text
+    assert "5 rounds of 40 of 390 steps; torch 2.11.0, commit 0123456-dirty, 2026-02-01 10:00" in text
+    assert "9.00" not in text
+    assert "old" not in text
+    assert text.startswith("above\n<!-- results:profile -->\n")
+    assert text.endswith("\n<!-- /results:profile -->\nbelow")
+    assert render.render(text, [profile("2026-02-01 10:00", 4.0)]) == text
+
+
+def test_benchmarks_are_shown_by_what_they_measured():
+    contents = [
+        benchmarks(
+            (
+                "test_loader[arrays-cpu]",
+                {
+                    "what": "loader",
+                    "images": "arrays",
+                    "device": "cpu",
+                    "images_per_second": {"eager": {"p50": 6800.0}, "dali": {"p50": 52000.0}},
+                    "times_as_long": {"eager": {"p50": 7.6}},
+                },
+            ),
+            (
+                "test_step[vgg16]",
+                {
+                    "what": "step",
+                    "model": "vgg16",
+                    "batch_size": 32,
+                    "seconds": {"eager": {"p50": 0.4}, "fastres": {"p50": 0.1}},
+                    "times_as_long": {"eager": {"p50": 4.0}},
+                },
+            ),
+            *(
+                (
+                    f"test_batch_norm_relu[{shape}-forward+backward-residual]",
+                    {"times_as_long": {"eager": {"p50": eager}, "compile": {"p50": 1.5}, "copy": {"p50": 0.9}}},
+                )
+                for shape, eager in (("64x32x32", 2.0), ("128x16x16", 3.0), ("256x8x8", 4.0))
+            ),
+        )
+    ]
+    measured = "2026-01-02, torch 2.11.0, 0123456 |"
+    assert f"| Some CPU | arrays | 6,800 | 52,000 | 7.6 | {measured}" in render.render(readme("loaders"), contents)
+    assert f"| Some CPU | `vgg16` | 32 | 400.0 | 100.0 | 4.00 | {measured}" in render.render(readme("steps"), contents)
+    assert f"| Some CPU | forward+backward | residual | 3.00 | 1.50 | 0.90 | {measured}" in render.render(
+        readme("operator"), contents
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("no place", "has no <!-- results:NAME --> to fill"), (None, "No such file")]
+)
+def test_a_readme_without_a_place_is_an_error(text, message, tmp_path, capsys):
+    if text:
+        (tmp_path / "README.md").write_text(text)
+    assert render.main([str(tmp_path / "README.md"), str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.fixture
+def run_gpu(tmp_path):
+    """Runs the script with a Python that fails where a model is named; gives its folder and what steps.txt says."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *vgg11*) exit 3;; esac\n')
+    python.chmod(0o755)
+
+    def run(**environment):
+        out = tmp_path / "out"
+        subprocess.run(
+            ["bash", ROOT / "benchmarks/run_gpu.sh", out],
+            env=os.environ | {"PYTHON": str(python), "QUICK": "1"} | environment,
+            check=True,
+        )
+        return out, [line.split(" after")[0] for line in (out / "steps.txt").read_text().splitlines()]
+
+    return run
+
+
+def test_the_gpu_script_keeps_results_and_goes_on(run_gpu):
+    out, steps = run_gpu()
+    assert steps == [
+        "gpu-tests: exit code 0",
+        "operator: exit code 0",
+        "loaders: exit code 0",
+        "profile-vgg11-8: exit code 3",
+        "train-vgg11: exit code 3",
+    ]
+    assert "-m fastres.train --model vgg11" in (out / "train-vgg11.log").read_text()
+
+
+def test_the_gpu_script_ends_in_time(run_gpu):
+    _, steps = run_gpu(BUDGET="1")
+    assert len(steps) == 5
+    assert all(line.endswith(": left out, no time") for line in steps)
