@@ -17,14 +17,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.config import Parser, TrainConfig, add_flags, flag, recipe_defaults
-from fastres.data.datasets import IMAGE_SIZE, MINI_CIFAR10_CLASSES, Dataset, load_dataset
+from fastres.data.datasets import MINI_CIFAR10_CLASSES, Dataset, load_dataset
 from fastres.errors import Interrupted, UserError
 from fastres.models import create_model
 from fastres.report.plots import plot_curves
 from fastres.report.study import write_report
+from fastres.roofline import forward_macs
 from fastres.studies import RunDefinition, Study, list_studies, load_study
 from fastres.train import RESUMABLE, configure, prepare, signals_noted
 from fastres.training.run import Run, resolve, write_json
@@ -195,10 +195,8 @@ def forward_gflop(config: TrainConfig, dataset: Dataset) -> float:
     A multiply-add counts as two. Raises UserError for a model that cannot be made as ``config`` says.
     """
     with torch.device("meta"):
-        model = create_model(config.model, len(dataset.classes), bool(config.zero_gamma), fused=False).eval()
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-    return counter.get_total_flops() / 1e9
+        model = create_model(config.model, len(dataset.classes), bool(config.zero_gamma), fused=False)
+    return 2 * forward_macs(model) / 1e9
 
 
 def prepare_folder(folder: Path, planned: list[PlannedRun], resume: bool) -> None:
