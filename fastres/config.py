@@ -60,7 +60,7 @@ class TrainConfig:
     batch_size: int = flag("Optimization", "training images a step; digits: 32", 128)
     eval_batch_size: int = flag("Optimization", "images a step in evaluation", 250)
     drop_last: bool = flag("Optimization", "leave out the last, smaller batch of a training epoch", True)
-    lr: float = flag("Optimization", "peak learning rate; VGGs: 0.02; digits: 0.02", 0.1)
+    lr: float = flag("Optimization", "peak learning rate; VGGs: 0.01; digits: 0.02", 0.1)
     momentum: float = flag("Optimization", "of SGD", 0.9)
     nesterov: bool = flag("Optimization", "Nesterov momentum", True)
     weight_decay: float = flag("Optimization", "of all parameters", 5e-4)
@@ -167,7 +167,7 @@ def recipe_defaults(recipe: str, model: str) -> dict[str, Any]:
             "schedule": "multistep",
             "milestones": (50, 75),
         }
-    return {"lr": 0.02} if model.startswith("vgg") else {}
+    return {"lr": 0.01} if model.startswith("vgg") else {}
 
 
 class Parser(argparse.ArgumentParser):
