@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+MUCH = 20  # the largest loss over the smallest, from which a linear axis hides the small ones
 SPLITS = {"train": "tab:blue", "val": "tab:green", "test": "tab:orange"}
 
 
@@ -29,7 +30,9 @@ def plot_curves(folder: Path, title: str) -> Path:
     accuracy.set_title(
         f"best on {selection}: epoch {best['epoch']:.0f}, test {best['test_accuracy']:.2f} %", fontsize="medium"
     )
-    loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
+    losses = history.filter(regex="_loss$")
+    wide = losses.max(axis=None) > MUCH * losses.min(axis=None)
+    loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log" if wide else "linear")
     accuracy.set(xlabel="epoch", ylabel="accuracy, %")
     for axes in (loss, accuracy):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

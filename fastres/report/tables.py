@@ -17,6 +17,11 @@ def summary_table(summary: dict[str, Any]) -> Table:
         ("last test accuracy", f"{summary['last_accuracy']:.2f} %", f"of epoch {summary['epochs']}"),
         ("test loss", f"{summary['test_loss']:.4f}", "of the best epoch"),
         ("seconds an epoch", f"{summary['epoch_seconds']:.2f}", "median, training alone"),
+        (
+            "warm-up",
+            f"{summary['warm_up_seconds']:.1f} s",
+            "compilation included" if summary["compile"] else "not compiled",
+        ),
         ("images/s", f"{summary['images_per_second']:,.0f}", "median"),
         ("data wait", f"{100 * summary['data_wait_fraction']:.1f} %", "of the epochs' time"),
         ("peak memory", f"{summary['peak_memory_mb']:,.0f} MiB", summary["device"]),

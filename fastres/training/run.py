@@ -97,6 +97,7 @@ class Run:
         self.history: list[Row] = []
         self.epoch: Epoch | None = None  # that a checkpoint was in the middle of
         self.resumed = checkpoint is not None
+        self.warm_up_seconds = 0.0
         if checkpoint is not None:
             self.epoch = restore(checkpoint, self.trainer)
             self.history = checkpoint["history"]
@@ -121,6 +122,7 @@ class Run:
         except OSError as error:
             raise UserError(f"--output-dir {self.folder}: cannot be made ({error.strerror})") from error
         write_json(self.folder / "config.json", self.config.to_json())
+        self.warm_up_seconds = self.trainer.warm_up()
         if not self.resumed:
             self._save()
         with SummaryWriter(str(self.folder), purge_step=len(self.history)) as tensorboard:
@@ -226,6 +228,7 @@ class Run:
             "images_per_second": median(row["images_per_second"] for row in self.history),
             "data_wait_fraction": waited / sum(row["epoch_seconds"] for row in self.history),
             "train_seconds": sum(row["epoch_seconds"] for row in self.history),
+            "warm_up_seconds": self.warm_up_seconds,
             "peak_memory_mb": peak_memory,
             "device": device_name(self.trainer.device),
             "loader": config.loader,

@@ -109,6 +109,26 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
 
+    def warm_up(self) -> float:
+        """Compiles, if so configured, and lets libraries choose their kernels: one step and one evaluation of noise.
+
+        Weights, statistics, optimizer and random state stay as they are. Returns the seconds that it took.
+        """
+        start = time.perf_counter()
+        state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            for training, size in ((True, self.config.batch_size), (False, self.config.eval_batch_size)):
+                images, labels = self._to_device(torch.randn(size, 3, 32, 32), torch.zeros(size, dtype=torch.int64))
+                self.model.train(training)
+                with torch.set_grad_enabled(training), self._autocast():
+                    loss = F.cross_entropy(self.forward(images), labels)
+                if training:
+                    loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.load_state_dict(state)
+        self.synchronize()
+        return time.perf_counter() - start
+
     def train_epoch(self, loader: Loader, epoch: Epoch, after_step: Callable[[], None] = lambda: None) -> None:
         """Trains on the rest of ``epoch``, bringing it up to date, and calls ``after_step`` after each step.
 

@@ -87,6 +87,18 @@ def test_an_epoch_is_sgd_step_by_step(nesterov, label_smoothing):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_warming_up_changes_nothing(device):
+    trainer = make_trainer(random_batches([8]), nn.Sequential(small_model(), nn.Dropout()), device=device)
+    model = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    assert trainer.warm_up() > 0
+    torch.testing.assert_close(trainer.model.state_dict(), model, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not trainer.optimizer.state
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_evaluation_counts_every_image_once(device):
     batches = random_batches([8, 8, 3])
     trainer = make_trainer(batches, device=device)
