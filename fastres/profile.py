@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from fastres.training.run import commit, device_name, resolve, steps_per_epoch, 
 from fastres.training.trainer import AMP_DTYPES, Epoch, Trainer
 
 BATCH_SIZES = {"cuda": 128, "cpu": 32}  # the studies' 128 takes a CPU longer than one waits for a profile
-LEAST_STEPS = 2  # in a round: the wait for the first batch is the start of the loader and not its pace
+LEAST_STEPS = 2  # in a round
 LOADER_IMAGES = 20_000  # so that the start of the loader is a small part of a pass
 LOADER_PASSES = 3
 
@@ -82,26 +82,30 @@ class ProfileConfig:
 
 
 class Window:
-    """A short epoch of ``loader`` that notes how long its first batch took, which has the loader's start in it."""
+    """``steps`` batches at a time of a ``loader`` that goes on from one call to the next, epoch after epoch.
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-        self.first_wait = 0.0
+    So a few steps show the loader's pace. Were it started for them, its workers would be seen to start up and to fill
+    their queues. ``first_wait`` is what the start took, in seconds: the wait for the first batch of all.
+    """
+
+    def __init__(self, loader: Loader, steps: int) -> None:
+        self.steps = steps
+        self.batches = chain.from_iterable(loader.epoch(number) for number in count())
+        asked = time.perf_counter()
+        next(self.batches)
+        self.first_wait = time.perf_counter() - asked
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self.steps
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        asked = time.perf_counter()
-        batches = self.loader.epoch(epoch, first_batch)
-        first = next(batches)
-        self.first_wait = time.perf_counter() - asked
-        yield first
-        yield from batches
+        return islice(self.batches, self.steps - first_batch)
 
 
 class Resident:
     """The same batch again and again, already on the device: a loader that costs nothing."""
+
+    first_wait = 0.0
 
     def __init__(self, batch: Batch, steps: int) -> None:
         self.batch, self.steps = batch, steps
@@ -127,14 +131,12 @@ class Variant:
     wait_seconds: list[float] = field(default_factory=list)
 
     def measure(self, number: int, steps_of_epoch: int) -> None:
-        """Trains on epoch ``number`` of the window and scales what it took to a whole one: the first wait is paid once,
-        the rest each step."""
+        """Trains on the window and scales what it took to a whole epoch: the first wait is paid once, the rest each
+        step."""
         result = train(self.engine, self.window, number)
-        steps, first = len(self.window), getattr(self.window, "first_wait", 0.0)
-        later_waits = (result.data_wait_seconds - first) / max(steps - 1, 1)
-        self.wait_seconds.append(first + later_waits * (steps_of_epoch - 1))
-        work = (result.seconds - result.data_wait_seconds) / steps
-        self.epoch_seconds.append(work * steps_of_epoch + self.wait_seconds[-1])
+        wait, work = (seconds / result.steps for seconds in (result.data_wait_seconds, result.seconds))
+        self.wait_seconds.append(self.window.first_wait + wait * (steps_of_epoch - 1))
+        self.epoch_seconds.append((work - wait) * steps_of_epoch + self.wait_seconds[-1])
 
 
 def train(engine: StudyLoop | Trainer, loader: Loader, number: int = 0) -> Epoch:
@@ -195,7 +197,7 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
     rounds = int(min(max(affordable // LEAST_STEPS, 1), config.rounds))
     steps = int(min(max(affordable // rounds, LEAST_STEPS), steps_of_epoch))
     for variant in variants:
-        variant.window = Window(planned_loader(variant.config, dataset, steps))
+        variant.window = Window(planned_loader(variant.config, dataset, steps_of_epoch), steps)
     model_alone.window = Resident(first_batch(fastres.config, dataset), steps)
     for number in range(rounds):
         for variant in measured:
