@@ -203,6 +203,10 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
         for variant in measured:
             variant.measure(number, steps_of_epoch)
         console.print(f"round {number + 1}/{rounds}, {steps} of {steps_of_epoch} steps: done")
+    for (
+        variant
+    ) in variants:  # closes the loaders: their workers would not hear the garbage collector, and be waited for
+        variant.window = None
     loaders = dict.fromkeys(variant.config.loader for variant in variants)
     loader_alone = loaders_alone([replace(defaults, loader=name) for name in loaders], dataset)
 
