@@ -37,7 +37,7 @@ class TrainConfig:
 
     model: str = flag("Model", "architecture", "resnet50", tuple(MODELS))
     zero_gamma: bool | None = flag(
-        "Model", "start the last norm of each residual block at 0; auto: on for resnets", None
+        "Model", "start the last norm of each residual block at 0; auto: on for resnets, except on digits", None
     )
     fused: bool = flag("Model", "fused BatchNorm-(add-)ReLU operator instead of torch's modules", True)
 
@@ -56,7 +56,7 @@ class TrainConfig:
     loader: str = flag("Data", "auto: dali where it imports", "auto", ("auto", "dali", "eager"))
     workers: int = flag("Data", "threads (dali) or processes (eager) that prepare batches", 2)
 
-    epochs: int = flag("Optimization", "training epochs; digits: 8", 30)
+    epochs: int = flag("Optimization", "training epochs; digits: 7", 30)
     batch_size: int = flag("Optimization", "training images a step; digits: 32", 128)
     eval_batch_size: int = flag("Optimization", "images a step in evaluation", 250)
     drop_last: bool = flag("Optimization", "leave out the last, smaller batch of a training epoch", True)
@@ -132,8 +132,8 @@ class TrainConfig:
 
 
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
-    # 1,437 images, and a mirrored 3 is no 3
-    "digits": {"epochs": 8, "batch_size": 32, "lr": 0.02, "augmentation": "none"},
+    # 1,437 images: a mirrored 3 is no 3, and in 300 steps blocks that start as the identity don't get far
+    "digits": {"epochs": 7, "batch_size": 32, "lr": 0.02, "augmentation": "none", "zero_gamma": False},
 }
 
 
