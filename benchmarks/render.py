@@ -76,6 +76,26 @@ def profile_table(profile: Content) -> str:
     return f"{caption}\n\n{_markdown(head, rows)}"
 
 
+def training_table(contents: list[Content]) -> str:
+    """Whole runs, each with its command; best is best on the test set unless the summary says otherwise."""
+    rows = []
+    for run in sorted((content for content in contents if "summary" in content), key=lambda run: run["command"]):
+        summary = run["summary"]
+        rows.append(
+            [
+                f"`{run['command']}`",
+                run["data"],
+                f"{summary['best_accuracy']:.2f} / {summary['last_accuracy']:.2f} %",
+                f"{summary['epoch_seconds']:,.1f}",
+                f"{summary['images_per_second']:,.0f}",
+                f"{100 * summary['data_wait_fraction']:.1f} %",
+                f"{summary['device']}, {_provenance({**summary, 'date': run['date'][:10]})}",
+            ]
+        )
+    head = ["command", "data", "best / last test accuracy", "s/epoch", "images/s", "data wait", "measured"]
+    return _markdown(head, rows)
+
+
 def loader_table(contents: list[Content]) -> str:
     """Images a second of both loaders, for each kind of image and device."""
     rows = []
@@ -131,6 +151,7 @@ def operator_table(contents: list[Content]) -> str:
 
 TABLES: dict[str, Callable[[list[Content]], str]] = {
     "profile": profile_tables,
+    "training": training_table,
     "loaders": loader_table,
     "steps": step_table,
     "operator": operator_table,

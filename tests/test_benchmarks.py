@@ -153,3 +153,20 @@ def test_the_gpu_script_ends_in_time(run_gpu):
     _, steps = run_gpu(BUDGET="1")
     assert len(steps) == 5
     assert all(line.endswith(": left out, no time") for line in steps)
+
+
+def test_runs_are_shown_with_their_command():
+    summary = {
+        "best_accuracy": 90.333, "last_accuracy": 89.5, "epoch_seconds": 48.37, "images_per_second": 309.6,
+        "data_wait_fraction": 0.0027, "device": "Some CPU", "versions": VERSIONS, "commit": "0123456789",
+    }  # fmt: skip
+    run = {"command": "python -m fastres.train", "data": "digits", "date": "2026-01-02 03:04", "summary": summary}
+    row = "| `python -m fastres.train` | digits | 90.33 / 89.50 % | 48.4 | 310 | 0.3 % | Some CPU, 2026-01-02, "
+    assert row in render.render(readme("training"), [run])
+
+
+def test_the_readme_shows_what_is_in_the_results(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text())
+    assert render.main([str(copy), str(ROOT / "benchmarks/results")]) == 0
+    assert copy.read_text() == (ROOT / "README.md").read_text()
