@@ -108,7 +108,7 @@ def forward_once(
 
 @triton.jit
 def split_moments(
-    x, counts, means, deviations, rows, channels, plane, split_rows,
+    x, counts, means, deviations, rows, channels, plane, split_rows: tl.constexpr,
     channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and sum of squared deviations of the rows of one split, by channel."""
@@ -125,8 +125,8 @@ def split_moments(
     shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
     sums = tl.zeros([block_rows, block_channels], dtype)
     squares = tl.zeros([block_rows, block_channels], dtype)
-    for start in range(begin, end, block_rows):
-        row = start + tl.arange(0, block_rows)
+    for start in range(0, split_rows, block_rows):
+        row = begin + start + tl.arange(0, block_rows)
         valid = (row < end)[:, None] & valid_channel[None, :]
         values = tl.load(x + _offsets(row, channel, plane, channels, channels_last), valid, other=0.0).to(dtype)
         shifted = tl.where(valid, values - shift[None, :], 0.0)
@@ -207,7 +207,7 @@ def backward_once(
 
 @triton.jit
 def split_sums(
-    grad, x, y, weight, bias, mean, var, dz, dweights, dbiases, rows, channels, plane, split_rows, eps,
+    grad, x, y, weight, bias, mean, var, dz, dweights, dbiases, rows, channels, plane, split_rows: tl.constexpr, eps,
     channels_last: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, dtype: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
@@ -220,8 +220,8 @@ def split_sums(
     end = tl.minimum(begin + split_rows, rows)
     sums = tl.zeros([block_rows, block_channels], dtype)
     products = tl.zeros([block_rows, block_channels], dtype)
-    for start in range(begin, end, block_rows):
-        row = start + tl.arange(0, block_rows)
+    for start in range(0, split_rows, block_rows):
+        row = begin + start + tl.arange(0, block_rows)
         valid = (row < end)[:, None] & valid_channel[None, :]
         offsets = _offsets(row, channel, plane, channels, channels_last)
         dy = tl.load(grad + offsets, valid, other=0.0).to(dtype)
