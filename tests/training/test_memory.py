@@ -12,7 +12,7 @@ def faults_of_a_step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     activations = [torch.ones(2**24 // 2**(i % 4)) for i in range(12)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print([faults_of_a_step() for _ in range(6)][-1])
+print([faults_of_a_step() for _ in range(30)][-1])
 """
 
 
