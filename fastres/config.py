@@ -170,6 +170,12 @@ def recipe_defaults(recipe: str, model: str) -> dict[str, Any]:
     return {"lr": 0.01} if model.startswith("vgg") else {}
 
 
+def over_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings ``given`` over the defaults of the recipe and the model that they name."""
+    recipe, model = given.get("recipe", TrainConfig.recipe), given.get("model", TrainConfig.model)
+    return {**recipe_defaults(recipe, model), **given}
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage, and exits with code 2."""
 

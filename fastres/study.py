@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastres.config import Parser, TrainConfig, add_flags, flag, recipe_defaults
+from fastres.config import Parser, TrainConfig, add_flags, flag, over_recipe
 from fastres.data.datasets import MINI_CIFAR10_CLASSES, Dataset, load_dataset
 from fastres.errors import Interrupted, UserError
 from fastres.models import create_model
@@ -165,7 +165,7 @@ def plan_run(
     load: Callable[..., tuple[Dataset, str]],
 ) -> PlannedRun:
     flags = definition.flags | overrides
-    settings = recipe_defaults(flags.get("recipe", TrainConfig.recipe), flags.get("model", TrainConfig.model)) | flags
+    settings = over_recipe(flags)
     if overrides.get("dataset") == "folder" and _dataset(definition) == "mini-cifar10":
         settings.setdefault("classes", MINI_CIFAR10_CLASSES)
     settings |= {"seed": seed, "output_dir": folder / f"{definition.name}-seed{seed}"}
@@ -185,8 +185,7 @@ def plan_run(
 
 def _dataset(definition: RunDefinition) -> str:
     """The dataset that a run has in its study, before anything is overridden."""
-    recipe = definition.flags.get("recipe", TrainConfig.recipe)
-    return (recipe_defaults(recipe, TrainConfig.model) | definition.flags).get("dataset", TrainConfig.dataset)
+    return over_recipe(definition.flags).get("dataset", TrainConfig.dataset)
 
 
 def forward_gflop(config: TrainConfig, dataset: Dataset) -> float:

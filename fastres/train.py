@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, recipe_defaults
+from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, over_recipe
 from fastres.data.datasets import Dataset, load_dataset
 from fastres.errors import Interrupted, UserError
 from fastres.report.plots import plot_curves
@@ -74,8 +74,7 @@ def prepare(given: dict[str, Any], resume: Path | None, console: Console) -> Run
         assert resume is not None
         settings = resumed_settings(checkpoint["config"], given, resume)
     else:
-        recipe = given.get("recipe", TrainConfig.recipe)
-        settings = recipe_defaults(recipe, given.get("model", TrainConfig.model)) | given
+        settings = over_recipe(given)
     config, dataset = configure(settings, console)
     if config.device == "cpu":
         keep_freed_memory()

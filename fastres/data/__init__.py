@@ -1,7 +1,7 @@
 """Datasets, the epoch plan, and the two loaders that apply it."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -34,31 +34,14 @@ def choose_loader(name: str) -> tuple[str, str]:
     return "dali", "asked for" if name == "dali" else "DALI imports"
 
 
-def create_loader(
-    name: str,
-    split: Split,
-    plan_of_epoch: Callable[[int], EpochPlan],
-    *,
-    batch_size: int,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    device: torch.device,
-    workers: int = 2,
-    drop_last: bool = False,
-) -> Loader:
-    """The loader called ``name``, ``dali`` or ``eager``. Either applies the same plan, so the batches are the same."""
+def create_loader(name: str, split: Split, plan_of_epoch: Callable[[int], EpochPlan], **options: Any) -> Loader:
+    """The loader called ``name``, ``dali`` or ``eager``. Either applies the same plan, so the batches are the same.
+
+    ``options`` are the keyword arguments of DaliLoader and EagerLoader, which are the same.
+    """
     loader: Callable[..., Loader]
     if name == "dali":
         from fastres.data.dali import DaliLoader as loader
     else:
         from fastres.data.eager import EagerLoader as loader
-    return loader(
-        split,
-        plan_of_epoch,
-        batch_size=batch_size,
-        mean=mean,
-        std=std,
-        device=device,
-        workers=workers,
-        drop_last=drop_last,
-    )
+    return loader(split, plan_of_epoch, **options)

@@ -65,11 +65,7 @@ class Dataset:
 
         Raises UserError for an unknown or repeated class.
         """
-        unknown = [name for name in classes if name not in self.classes]
-        if unknown:
-            raise UserError(f"--classes: {self.name} has no {', '.join(unknown)}; it has {', '.join(self.classes)}")
-        if len(set(classes)) != len(classes):
-            raise UserError("--classes: a class is named twice")
+        _check_classes(classes, self.name, self.classes)
         new_label = np.full(len(self.classes), -1)
         new_label[[self.classes.index(name) for name in classes]] = np.arange(len(classes))
 
@@ -94,6 +90,14 @@ class Dataset:
             raise UserError(f"--val-fraction {fraction}: leaves {held} of {len(self.train)} images to validate on")
         order = np.random.Generator(np.random.Philox(seed)).permutation(len(self.train))
         return replace(self, train=self.train.take(np.sort(order[held:]))), self.train.take(np.sort(order[:held]))
+
+
+def _check_classes(classes: Sequence[str], source: object, known: Sequence[str]) -> None:
+    unknown = [name for name in classes if name not in known]
+    if unknown:
+        raise UserError(f"--classes: {source} has no {', '.join(unknown)}; it has {', '.join(known)}")
+    if len(set(classes)) != len(classes):
+        raise UserError("--classes: a class is named twice")
 
 
 def digits() -> Dataset:
@@ -151,7 +155,7 @@ def folder(data_dir: Path, classes: Sequence[str] = ()) -> Dataset:
 
     Every file is decoded once here, so that a damaged one is named before training begins. ``classes`` are the only
     ones read, if given. Raises UserError for a missing folder, an empty class, classes that differ between train and
-    test, and files that don't decode.
+    test, unknown or repeated ``classes``, and files that don't decode.
     """
     for part in ("train", "test"):
         if not (data_dir / part).is_dir():
@@ -164,10 +168,8 @@ def folder(data_dir: Path, classes: Sequence[str] = ()) -> Dataset:
         raise UserError(f"--data-dir {data_dir}: train/ and test/ must hold the same classes; only one has {differing}")
     if not found:
         raise UserError(f"--data-dir {data_dir}: train/ holds no class folders; expected train/<class>/*.jpg or *.png")
+    _check_classes(classes, data_dir, found)
     names = tuple(classes) or found
-    unknown = [name for name in names if name not in found]
-    if unknown:
-        raise UserError(f"--classes: {data_dir} has no {', '.join(unknown)}; it has {', '.join(found)}")
     return Dataset(
         name="folder",
         classes=names,
@@ -236,6 +238,6 @@ def load_dataset(name: str, data_dir: Path, classes: Sequence[str] = ()) -> tupl
         note = f"{name} under {data_dir}"
     else:
         raise UserError(f"--dataset {name}: unknown; there are {', '.join(DATASETS)}")
-    if classes:
+    if classes and name != "folder":  # which has read these alone
         dataset = dataset.subset(classes)
     return dataset, f"{note} ({len(dataset.classes)} classes, {len(dataset.train):,} train, {len(dataset.test):,} test)"
