@@ -23,6 +23,11 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __x86_64__
+#define FASTRES_STREAMS
+#include <immintrin.h>
+#endif
+
 namespace {
 
 template <class T>
@@ -42,13 +47,14 @@ struct Kernels {
   void (*moments)(int64_t rows, int64_t columns, const Acc<T>* shift, const T* x, Acc<T>* sum,
                   Acc<T>* squares);
   // [has residual][relu]
-  void (*normalize[2][2])(int64_t rows, int64_t columns, Affine<T>, const T* x, const T* residual, T* y);
+  void (*normalize[2][2])(int64_t rows, int64_t columns, Affine<T>, const T* x, const T* residual, T* y,
+                          bool streamed);
   // [mask]
   void (*reduce[3])(int64_t rows, int64_t columns, Affine<T>, const T* dy, const T* x, const T* y, T* dz,
-                    Acc<T>* sum, Acc<T>* products);
+                    Acc<T>* sum, Acc<T>* products, bool streamed);
   // [mask], which is from x or none
   void (*input_gradient[2])(int64_t rows, int64_t columns, Affine<T>, const T* dy, const T* x,
-                            const Acc<T>* slope, const Acc<T>* offset, T* dx);
+                            const Acc<T>* slope, const Acc<T>* offset, T* dx, bool streamed);
 
   int64_t lane(int64_t column) const {
     const int64_t within = column & (2 * stride - 1);
@@ -110,6 +116,8 @@ constexpr int64_t kLanes = 32;  // the most columns worked on together; a contig
 constexpr int64_t kBlockRows = 256;  // summed in Acc before the sum goes on in double
 constexpr int64_t kShiftSamples = 8;
 constexpr int64_t kElementsPerThread = 32768;
+constexpr int64_t kStreamedBytes = int64_t{4} << 20;
+constexpr int64_t kAlignment = 64;
 
 // Channels-last if the channels lie side by side, else contiguous; copied if it is neither.
 at::Tensor dense(const at::Tensor& tensor, bool channels_last) {
@@ -271,6 +279,18 @@ void compute_statistics(const Slab& slab, const T* x, Acc<T>* mean, Acc<T>* var)
   }
 }
 
+// Whether the results are streamed: they are too large to stay in the caches until somebody reads them, and
+// each row of a slab begins at a multiple of the largest vector's size.
+bool streamed(std::initializer_list<at::Tensor> results, bool channels_last) {
+  const at::Tensor& first = *results.begin();
+  const int64_t channels = first.size(1), plane = first.numel() / (first.size(0) * channels);
+  const int64_t row_bytes = (channels_last ? channels : plane) * first.element_size();
+  if (static_cast<int64_t>(first.nbytes()) < kStreamedBytes || row_bytes % kAlignment) return false;
+  return std::all_of(results.begin(), results.end(), [](const at::Tensor& result) {
+    return reinterpret_cast<uintptr_t>(result.const_data_ptr()) % kAlignment == 0;
+  });
+}
+
 template <class T>
 const T* data_or_null(const std::optional<at::Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
@@ -321,6 +341,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input,
     const T* const xs = x.const_data_ptr<T>();
     const T* const residuals = data_or_null<T>(other);
     T* const ys = y.mutable_data_ptr<T>();
+    const bool past_cache = streamed({y}, channels_last);
     for_slabs(x, channels_last, [&](const Slab& slab) {
       if (training) compute_statistics<T>(slab, xs, means, vars);
       const Constants<T> center(slab, [&](int64_t c) { return means[c]; });
@@ -330,7 +351,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input,
       const auto normalize = kernels<T>().normalize[residuals != nullptr][relu];
       slab.for_blocks(training, [&](int64_t, int64_t at, int64_t rows, int64_t columns) {
         normalize(rows, columns, {center, scale, offset}, xs + at, residuals ? residuals + at : nullptr,
-                  ys + at);
+                  ys + at, past_cache);
       });
     });
   });
@@ -370,6 +391,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const auto reduce = kernels<T>().reduce[static_cast<int>(mask)];
     const auto input_gradient = kernels<T>().input_gradient[mask == Mask::from_x];
     const T* const gradients = mask == Mask::from_y ? dzs : dys;
+    const bool past_cache = streamed({dx, dz}, channels_last);
     for_slabs(x, channels_last, [&](const Slab& slab) {
       const Constants<T> center(slab, [&](int64_t c) { return means[c]; });
       const Constants<T> scale(slab,
@@ -379,7 +401,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
       slab.for_blocks(false, [&](int64_t thread, int64_t at, int64_t rows, int64_t columns) {
         sums.add(thread, columns, [&](Acc<T>* sum, Acc<T>* products) {
           reduce(rows, columns, {center, scale, offset}, dys + at, xs + at, ys ? ys + at : nullptr, dzs + at,
-                 sum, products);
+                 sum, products, past_cache);
         });
       });
       const double count = slab.rows();
@@ -399,7 +421,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
       });
       slab.for_blocks(true, [&](int64_t, int64_t at, int64_t rows, int64_t columns) {
         input_gradient(rows, columns, {center, scale, offset}, gradients + at, xs + at, slope, shift,
-                       dxs + at);
+                       dxs + at, past_cache);
       });
     });
   });

@@ -41,6 +41,27 @@ INLINE void store_vector(void* to, Vector vector) {
   std::memcpy(to, &vector, sizeof(vector));
 }
 
+// Where `streamed`, past the caches, to an address that is aligned to the vector: the processor need not read the
+// line first, and nothing that is still needed leaves the caches for it.
+template <class Vector>
+INLINE void store_vector(void* to, Vector vector, [[maybe_unused]] bool streamed) {
+#ifdef FASTRES_STREAMS
+  if (streamed) {
+    if constexpr (sizeof(Vector) == 64) return _mm512_stream_si512((__m512i*)to, (__m512i)vector);
+    if constexpr (sizeof(Vector) == 32) return _mm256_stream_si256((__m256i*)to, (__m256i)vector);
+    if constexpr (sizeof(Vector) == 16) return _mm_stream_si128((__m128i*)to, (__m128i)vector);
+  }
+#endif
+  store_vector(to, vector);
+}
+
+// Streamed stores become visible to other threads.
+INLINE void finish_stores([[maybe_unused]] bool streamed) {
+#ifdef FASTRES_STREAMS
+  if (streamed) _mm_sfence();
+#endif
+}
+
 // How `step` numbers are stored: float and double as they are computed with.
 template <class T>
 struct Storage {
@@ -50,9 +71,9 @@ struct Storage {
     return {load_vector<typename Wide<T>::Vec>(from), load_vector<typename Wide<T>::Vec>(from + step<T> / 2)};
   }
 
-  static INLINE void store(T* to, Wide<T> wide) {
-    store_vector(to, wide.first);
-    store_vector(to + step<T> / 2, wide.second);
+  static INLINE void store(T* to, Wide<T> wide, bool streamed) {
+    store_vector(to, wide.first, streamed);
+    store_vector(to + step<T> / 2, wide.second, streamed);
   }
 };
 
@@ -67,9 +88,9 @@ struct Storage<c10::Half> {
             __builtin_convertvector(load_vector<Vec>(from + step<c10::Half> / 2), Floats)};
   }
 
-  static INLINE void store(c10::Half* to, Wide<c10::Half> wide) {
-    store_vector(to, __builtin_convertvector(wide.first, Vec));
-    store_vector(to + step<c10::Half> / 2, __builtin_convertvector(wide.second, Vec));
+  static INLINE void store(c10::Half* to, Wide<c10::Half> wide, bool streamed) {
+    store_vector(to, __builtin_convertvector(wide.first, Vec), streamed);
+    store_vector(to + step<c10::Half> / 2, __builtin_convertvector(wide.second, Vec), streamed);
   }
 };
 
@@ -86,8 +107,8 @@ struct Storage<c10::BFloat16> {
     return {(Floats)(pairs << 16), (Floats)(pairs & 0xffff0000)};
   }
 
-  static INLINE void store(c10::BFloat16* to, Wide<c10::BFloat16> wide) {
-    store_vector(to, rounded(wide.first) >> 16 | (rounded(wide.second) & 0xffff0000));
+  static INLINE void store(c10::BFloat16* to, Wide<c10::BFloat16> wide, bool streamed) {
+    store_vector(to, rounded(wide.first) >> 16 | (rounded(wide.second) & 0xffff0000), streamed);
   }
 
   // To nearest, ties to even. It would carry a NaN with all its lower bits set over to infinity or zero; but
@@ -116,14 +137,14 @@ INLINE Wide<T> load(const T* from, int64_t count) {
 }
 
 template <class T>
-INLINE void store(T* to, Wide<T> wide, Whole<T>) {
-  Storage<T>::store(to, wide);
+INLINE void store(T* to, Wide<T> wide, Whole<T>, bool streamed) {
+  Storage<T>::store(to, wide, streamed);
 }
 
 template <class T>
-INLINE void store(T* to, Wide<T> wide, int64_t count) {
+INLINE void store(T* to, Wide<T> wide, int64_t count, bool) {
   alignas(T) char numbers[sizeof(T) * step<T>];
-  Storage<T>::store(reinterpret_cast<T*>(numbers), wide);
+  Storage<T>::store(reinterpret_cast<T*>(numbers), wide, false);
   std::memcpy(to, numbers, count * sizeof(T));
 }
 
@@ -188,7 +209,8 @@ void moments(int64_t rows, int64_t columns, const Acc<T>* shift, const T* x, Acc
 
 // y = relu((x - mean) * scale + bias + residual)
 template <class T, bool has_residual, bool relu>
-void normalize(int64_t rows, int64_t columns, Affine<T> affine, const T* x, const T* residual, T* y) {
+void normalize(int64_t rows, int64_t columns, Affine<T> affine, const T* x, const T* residual, T* y,
+               bool streamed) {
   for_rows(rows, [&](int64_t row, auto group) INLINE_LAMBDA {
     for_columns<T>(columns, [&](int64_t c, auto count) INLINE_LAMBDA {
       const auto mean = load_lanes<T>(affine.mean + c);
@@ -199,17 +221,18 @@ void normalize(int64_t rows, int64_t columns, Affine<T> affine, const T* x, cons
         auto z = (load(x + at, count) - mean) * scale + bias;
         if constexpr (has_residual) z = z + load(residual + at, count);
         if constexpr (relu) z = Wide<T>::where_positive(z, z);
-        store(y + at, z, count);
+        store(y + at, z, count, streamed);
       }
     });
   });
+  finish_stores(streamed);
 }
 
 // dz = dy where y > 0, and the sums of dz and dz * (x - mean). With a residual the mask is y's and dz is
 // stored, being the residual's gradient; without one y's sign is recomputed from x, which is read anyway.
 template <class T, Mask mask>
 void reduce(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const T* x, const T* y, T* dz,
-            Acc<T>* sum, Acc<T>* products) {
+            Acc<T>* sum, Acc<T>* products, bool streamed) {
   clear<T>(columns, sum, products);
   for_rows(rows, [&](int64_t row, auto group) INLINE_LAMBDA {
     for_columns<T>(columns, [&](int64_t c, auto count) INLINE_LAMBDA {
@@ -226,7 +249,7 @@ void reduce(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const 
           gradient = Wide<T>::where_positive(centered * scale + bias, gradient);
         if constexpr (mask == Mask::from_y) {
           gradient = Wide<T>::where_positive(load(y + at, count), gradient);
-          store(dz + at, gradient, count);
+          store(dz + at, gradient, count, streamed);
         }
         sum_c = sum_c + gradient;
         products_c = products_c + gradient * centered;
@@ -235,12 +258,13 @@ void reduce(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const 
       store_lanes<T>(products + c, products_c);
     });
   });
+  if constexpr (mask == Mask::from_y) finish_stores(streamed);
 }
 
 // dx = dz * scale + (x - mean) * slope + offset
 template <class T, Mask mask>
 void input_gradient(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const T* x,
-                    const Acc<T>* slope, const Acc<T>* offset, T* dx) {
+                    const Acc<T>* slope, const Acc<T>* offset, T* dx, bool streamed) {
   for_rows(rows, [&](int64_t row, auto group) INLINE_LAMBDA {
     for_columns<T>(columns, [&](int64_t c, auto count) INLINE_LAMBDA {
       const auto mean = load_lanes<T>(affine.mean + c);
@@ -254,10 +278,11 @@ void input_gradient(int64_t rows, int64_t columns, Affine<T> affine, const T* dy
         auto gradient = load(dy + at, count);
         if constexpr (mask == Mask::from_x)
           gradient = Wide<T>::where_positive(centered * scale + bias, gradient);
-        store(dx + at, gradient * scale + centered * slope_c + offset_c, count);
+        store(dx + at, gradient * scale + centered * slope_c + offset_c, count, streamed);
       }
     });
   });
+  finish_stores(streamed);
 }
 
 template <class T>

@@ -89,18 +89,22 @@ class TestAgainstFloat64:
                 expected = run(reference.batch_norm_relu, *arguments, dtype=torch.float64, **options)
                 assert_close(actual, expected, TOLERANCE[dtype])
 
+    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
     @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_large_enough_for_every_thread(self, layout):
+    @pytest.mark.parametrize("shape", [(8, 40, 33, 31), (9, 96, 48, 64)], ids=str)
+    def test_large(self, dtype, layout, shape):
+        """All threads work, and the second shape's results are streamed past the caches, in every type and layout."""
         torch.manual_seed(0)
-        shape = (8, 40, 33, 31)
-        arguments = tensor(shape, layout), tensor(shape, layout), parameters(40), tensor(shape)
+        x, grad = tensor(shape, layout, dtype), tensor(shape)
+        residual = 16 * tensor(shape, layout, dtype).sign()  # of so many results, none may be within rounding of 0
+        arguments = x, residual, parameters(shape[1], dtype), grad
         actual = run(batch_norm_relu, *arguments)
-        assert_close(actual, run(reference.batch_norm_relu, *arguments, dtype=torch.float64), 2e-5)
+        assert_close(actual, run(reference.batch_norm_relu, *arguments, dtype=torch.float64), TOLERANCE[dtype])
 
     @pytest.mark.parametrize("capability", ["avx2", "default"])
     def test_other_instruction_sets(self, capability):
-        """The grid again with what an older processor would run."""
-        run_pytest("-k", "test_grid and cpu", __file__, ATEN_CPU_CAPABILITY=capability)
+        """The same with what an older processor would run."""
+        run_pytest("-k", "(test_grid and cpu) or test_large", __file__, ATEN_CPU_CAPABILITY=capability)
 
     def test_triton_kernels_in_the_interpreter(self):
         pytest.importorskip("triton")
