@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from fastres.report.study import read_results, scale_line
+
 Content = dict[str, Any]
 
 
@@ -22,7 +24,8 @@ def main(arguments: list[str]) -> int:
     readme = Path(arguments[0] if arguments else "README.md")
     results = Path(arguments[1] if len(arguments) > 1 else "benchmarks/results")
     try:
-        text, contents = readme.read_text(), [json.loads(path.read_text()) for path in sorted(results.rglob("*.json"))]
+        text = readme.read_text()
+        contents = [{**json.loads(path.read_text()), "folder": path.parent} for path in sorted(results.rglob("*.json"))]
     except (OSError, ValueError) as error:
         print(f"render: error: {error}", file=sys.stderr)
         return 2
@@ -149,12 +152,39 @@ def operator_table(contents: list[Content]) -> str:
     return _markdown(["device", "direction", "", "eager", "compile", "limit (copy)", "measured"], rows)
 
 
+def study_table(contents: list[Content]) -> str:
+    """The runs of all studies beside the published figures, and what an epoch costs against eager PyTorch."""
+    rows, captions = [], []
+    for study in sorted((content for content in contents if "study" in content), key=lambda study: study["study"]):
+        results = read_results(study["folder"], study)
+        for result in results:
+            seconds, published = result.estimate("epoch_seconds"), result.published.get("best_accuracy")
+            rows.append(
+                [
+                    f"`{study['study']}`: {result.label}",
+                    f"{published:.2f}" if published else "",
+                    *(result.estimate(metric).text() for metric in ("best_accuracy", "last_accuracy")),
+                    seconds.text(1),
+                    f"{result.eager['epoch_seconds'] / seconds.mean:.2f}" if result.eager else "",
+                ]
+            )
+        summary = results[0].summaries[0]
+        captions.append(
+            f"`{study['study']}`: {scale_line(study)}; {summary['train_images']:,} training images; seeds "
+            f"{', '.join(str(run['seed']) for run in results[0].summaries)}; {summary['device']}; "
+            f"{_provenance({**summary, 'date': study['date'][:10]})}."
+        )
+    head = ["run", "published best, %", "best, %", "last, %", "s/epoch", "x eager"]
+    return "\n\n".join([_markdown(head, rows), "\n".join(f"* {caption}" for caption in captions)])
+
+
 TABLES: dict[str, Callable[[list[Content]], str]] = {
     "profile": profile_tables,
     "training": training_table,
     "loaders": loader_table,
     "steps": step_table,
     "operator": operator_table,
+    "studies": study_table,
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -116,7 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_estimate(planned, console)
             return 0
         prepare_folder(folder, planned, resume)
-        write_json(folder / "study.json", describe(study, config, given, planned))
+        description = describe(study, config, given, planned)
+        if resume:
+            description["date"] = begun(folder)
+        write_json(folder / "study.json", description)
         with study_progress(console, planned) as progress:
             for run in planned:
                 if not run.finished:
@@ -200,12 +204,12 @@ def forward_gflop(config: TrainConfig, dataset: Dataset) -> float:
 
 def prepare_folder(folder: Path, planned: list[PlannedRun], resume: bool) -> None:
     """Makes ``folder``; raises UserError where it holds a study that this one does not go on with."""
-    begun = [run for run in planned if (run.folder / "config.json").exists()]
-    if not resume and (begun or (folder / "study.json").exists()):
+    started = [run for run in planned if (run.folder / "config.json").exists()]
+    if not resume and (started or (folder / "study.json").exists()):
         raise UserError(f"--output-dir {folder}: already holds a study; add --resume, or choose another folder")
     if resume and not (folder / "study.json").exists():
         raise UserError(f"--resume: {folder} holds no study; leave --resume off, or name its folder with --output-dir")
-    for run in begun:
+    for run in started:
         try:
             saved = TrainConfig.from_json(json.loads((run.folder / "config.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -222,6 +226,14 @@ def prepare_folder(folder: Path, planned: list[PlannedRun], resume: bool) -> Non
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be made ({error.strerror})") from error
+
+
+def begun(folder: Path) -> str:
+    """When the study in ``folder`` was begun. Raises UserError where its study.json does not say so."""
+    try:
+        return json.loads((folder / "study.json").read_text())["date"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'study.json'}: not readable ({error}); take another --output-dir") from error
 
 
 def describe(study: Study, config: StudyConfig, overrides: dict[str, Any], planned: list[PlannedRun]) -> dict[str, Any]:
@@ -329,14 +341,20 @@ def _train(given: dict[str, Any], resume: Path | None, sender: Connection) -> No
     try:
         run = prepare(given, resume, Console(quiet=True))
         steps = len(run.train_loader)
-        done = len(run.history) * steps + (run.epoch.steps if run.epoch else 0)
-        sender.send(done / (run.config.epochs * steps))
+
+        def advance(by: int = 1) -> None:
+            try:
+                sender.send(by / (run.config.epochs * steps))
+            except BrokenPipeError:  # the study's process is gone: save what there is and end
+                signal.raise_signal(signal.SIGTERM)
+
         with signals_noted() as signalled:
-            summary = run.fit(lambda: sender.send(1 / (run.config.epochs * steps)), signalled=signalled)
+            advance(len(run.history) * steps + (run.epoch.steps if run.epoch else 0))
+            summary = run.fit(advance, signalled=signalled)
         plot_curves(run.folder, f"{summary['model']} on {summary['dataset']}")
     except UserError as error:
         sender.send(error)
-    except (Interrupted, KeyboardInterrupt, BrokenPipeError):  # the study's process says so, or is gone
+    except (Interrupted, KeyboardInterrupt):  # the study's process says so, or is gone
         pass
 
 

@@ -15,6 +15,7 @@ import pytest
 from fastres import study
 from fastres.config import TrainConfig
 from fastres.studies import RESERVED, TOML_TYPES, list_studies, load_study
+from fastres.training.checkpoint import read_checkpoint
 from tests.conftest import CommandLine
 
 TINY = """
@@ -91,20 +92,28 @@ def test_a_study_of_two_runs(command_line, flags, tmp_path):
     assert "was started with train-fraction 0.7, and would now have 1.0" in one_line(command_line, *flags, "--resume")
 
 
-def test_an_interrupted_study_goes_on(command_line, flags, tmp_path):
-    out = tmp_path / "out"
+def stopped(flags, out, stop):
+    """A study that ``stop`` is called on in the middle of its second run: its exit code and what it said."""
     command = [sys.executable, "-m", "fastres.study", *map(str, flags), "--no-eager-cost"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     while not (out / "high-seed0/history.csv").exists() and process.poll() is None:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C
-    _, error = process.communicate()
-    assert process.returncode == 130
+    stop(process)
+    _, error = process.communicate()  # also waits for the run's own process, which has the same standard error
+    assert not (out / "high-seed0/summary.json").exists()
+    return process.returncode, error
+
+
+def test_an_interrupted_study_goes_on(command_line, flags, tmp_path):
+    out = tmp_path / "out"
+    code, error = stopped(flags, out, lambda process: os.killpg(process.pid, signal.SIGINT))  # as a terminal's Ctrl-C
+    assert code == 130
     assert error.count("\n") == 1
     assert "interrupted; --resume goes on" in error
-    assert not (out / "high-seed0/summary.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in (out / "low-seed0").iterdir()}
     first = (out / "high-seed0/history.csv").read_text().splitlines()[:2]
+    begun = "2026-01-02 03:04 UTC"
+    (out / "study.json").write_text(json.dumps(json.loads((out / "study.json").read_text()) | {"date": begun}))
 
     assert command_line(*flags, "--no-eager-cost", "--resume") == 0
     assert re.findall(r"^\d/2 (.*):", command_line.out, re.M) == ["high rate, seed 0"]
@@ -113,6 +122,13 @@ def test_an_interrupted_study_goes_on(command_line, flags, tmp_path):
     assert history[:2] == first
     assert len(history) == 1 + 3
     assert (out / "report.html").exists()
+    assert f"begun {begun}" in (out / "report.md").read_text()
+
+
+def test_a_run_saves_when_its_study_is_killed(flags, tmp_path):
+    code, _ = stopped(flags, tmp_path / "out", lambda process: process.kill())
+    assert code == -signal.SIGKILL
+    assert read_checkpoint(tmp_path / "out/high-seed0")["epoch"]["steps"] > 0
 
 
 def test_dry_run_writes_nothing(command_line, flags, tmp_path):
