@@ -13,6 +13,8 @@ from fastres.data.plan import AUGMENTATIONS
 from fastres.errors import UserError
 from fastres.models import MODELS
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
 
 def flag(group: str, help: str, default: Any, choices: Sequence[str] | None = None) -> Any:
     """A field that is also a command-line flag of that group."""
@@ -77,6 +79,9 @@ class TrainConfig:
     )
     channels_last: bool = flag("Engine", "channels-last memory format", True)
     compile: bool | None = flag("Engine", "torch.compile the model; auto: on CUDA, if the run is long enough", None)
+    compile_mode: str = flag(
+        "Engine", "of torch.compile; reduce-overhead and max-autotune record CUDA graphs", "default", COMPILE_MODES
+    )
 
     output_dir: Path | None = flag("Output", "folder of the run; auto: runs/MODEL-DATASET-TIME", None)
     checkpoint_every: int = flag("Output", "epochs between checkpoints", 1)

@@ -33,6 +33,7 @@ from fastres.training.run import commit, device_name, resolve, steps_per_epoch, 
 from fastres.training.trainer import AMP_DTYPES, Epoch, Trainer
 
 BATCH_SIZES = {"cuda": 128, "cpu": 32}  # the studies' 128 takes a CPU longer than one waits for a profile
+RIVAL = "compile, not fused"
 LEAST_STEPS = 2  # in a round
 LOADER_IMAGES = 20_000  # so that the start of the loader is a small part of a pass
 LOADER_PASSES = 3
@@ -203,9 +204,8 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
         for variant in measured:
             variant.measure(number, steps_of_epoch)
         console.print(f"round {number + 1}/{rounds}, {steps} of {steps_of_epoch} steps: done")
-    for (
-        variant
-    ) in variants:  # closes the loaders: their workers would not hear the garbage collector, and be waited for
+    # closes the loaders: their workers would not hear the garbage collector, and be waited for
+    for variant in variants:
         variant.window = None
     loaders = dict.fromkeys(variant.config.loader for variant in variants)
     loader_alone = loaders_alone([replace(defaults, loader=name) for name in loaders], dataset)
@@ -286,8 +286,8 @@ def synthetic(images: int) -> Dataset:
 def build_variants(
     config: ProfileConfig, defaults: TrainConfig, dataset: Dataset, device: torch.device
 ) -> tuple[list[Variant], list[str]]:
-    """The studies' loop, then that loop with one thing more at a time, then fastres; and a line for each that is left
-    out, with the reason."""
+    """The studies' loop, then that loop with one thing more at a time, fastres' loop with torch's own modules compiled
+    instead of the fused operator, and fastres; and a line for each step that is left out, with the reason."""
     current = replace(defaults, channels_last=False, amp="off", loader="eager", fused=False, compile=False)
     compile_too = config.compile_variant
     if compile_too is None:
@@ -312,10 +312,13 @@ def build_variants(
     def engine(name: str, config: TrainConfig) -> StudyLoop | Trainer:
         torch.manual_seed(config.seed)
         model = create_model(config.model, len(dataset.classes), bool(config.zero_gamma), config.fused)
-        if name != "fastres":
+        if name not in ("fastres", RIVAL):
             return StudyLoop(model, config, device)
         return Trainer(model, config, device, len(dataset.classes), steps_per_epoch(config, len(dataset.train)))
 
+    if compile_too:
+        mode = "max-autotune" if device.type == "cuda" else "default"
+        variants.append((RIVAL, replace(defaults, fused=False, compile=True, compile_mode=mode)))
     variants.append(("fastres", defaults))
     return [Variant(name, settings, engine(name, settings)) for name, settings in variants], left_out
 
@@ -411,7 +414,8 @@ def row(variant: Variant, images: int, limit: float, eager: Variant) -> dict[str
         "limit_share": limit / median,
         "warm_up_seconds": variant.warm_up_seconds,
         "engine": {
-            name: getattr(variant.config, name) for name in ("channels_last", "amp", "loader", "fused", "compile")
+            name: getattr(variant.config, name)
+            for name in ("channels_last", "amp", "loader", "fused", "compile", "compile_mode")
         },
     }
 

@@ -21,7 +21,10 @@ from fastres.training.memory import keep_freed_memory
 from fastres.training.run import Row, Run, resolve
 
 # what may differ between a checkpoint and the run that goes on from it
-RESUMABLE = {"data_dir", "device", "loader", "workers", "compile", "epochs", "checkpoint_every", "checkpoint_minutes"}
+RESUMABLE = {
+    "data_dir", "device", "loader", "workers", "compile", "compile_mode", "epochs", "checkpoint_every",
+    "checkpoint_minutes",
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -169,8 +170,23 @@ def test_the_studies_loop_trains_as_the_trainer_does():
     torch.testing.assert_close(*weights)
 
 
+def test_the_rival_is_the_compiled_model_without_the_operator():
+    config = profile.ProfileConfig(model="vgg11", images=20, batch_size=4, device="cpu", compile_variant=True)
+    defaults, dataset, _ = profile.prepare(config)
+    variants, left_out = profile.build_variants(config, defaults, dataset, torch.device("cpu"))
+    assert [variant.name for variant in variants][-3:] == ["+ compile", "compile, not fused", "fastres"]
+    rival, fastres = variants[-2:]
+    assert rival.config == replace(defaults, fused=False, compile=True)
+    assert fastres.config == defaults
+    assert type(rival.engine) is type(fastres.engine) is Trainer
+    assert not any("compile" in line for line in left_out)
+
+
 def measured(name, seconds, wait=0.0, **engine):
-    default = {"channels_last": True, "amp": "bf16", "loader": "dali", "fused": True, "compile": False}
+    default = {
+        "channels_last": True, "amp": "bf16", "loader": "dali", "fused": True, "compile": False,
+        "compile_mode": "default",
+    }  # fmt: skip
     return {
         "name": name,
         "epoch_seconds": {"median": seconds},
@@ -193,6 +209,14 @@ def measured(name, seconds, wait=0.0, **engine):
         (
             [measured("+ AMP", 1.0, fused=False), measured("+ compile", 0.5, compile=True), measured("fastres", 2.0)],
             r"\+ compile is 4.00x as fast as the defaults here: train with --compile$",
+        ),
+        (
+            [
+                measured("eager", 3.0),
+                measured("compile, not fused", 1.0, fused=False, compile=True, compile_mode="max-autotune"),
+                measured("fastres", 2.0),
+            ],
+            "compile, not fused is 2.00x as fast .* train with --no-fused --compile --compile-mode max-autotune$",
         ),
         ([measured("+ AMP", 1.98, fused=False), measured("fastres", 2.0)], "keep the defaults"),
     ],

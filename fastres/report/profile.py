@@ -12,6 +12,8 @@ from matplotlib import pyplot as plt
 from rich import box
 from rich.table import Table
 
+from fastres.config import COMPILE_MODES
+
 MUCH_WAIT = 0.02  # of an epoch
 CLEARLY_FASTER = 1.05
 
@@ -21,6 +23,7 @@ FLAGS: dict[str, dict[Any, str]] = {
     "loader": {"dali": "--loader dali", "eager": "--loader eager"},
     "fused": {True: "--fused", False: "--no-fused"},
     "compile": {True: "--compile", False: "--no-compile"},
+    "compile_mode": {mode: f"--compile-mode {mode}" for mode in COMPILE_MODES},
 }
 
 

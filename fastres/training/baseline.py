@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastres.config import TrainConfig
 from fastres.data import Loader
-from fastres.training.trainer import AMP_DTYPES, Epoch
+from fastres.training.trainer import AMP_DTYPES, Epoch, compiled
 
 
 class StudyLoop:
@@ -21,7 +21,7 @@ class StudyLoop:
         self.config, self.device = config, device
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device).to(memory_format=self.memory_format)
-        self.forward = torch.compile(self.model, dynamic=False) if config.compile else self.model
+        self.forward = compiled(self.model, config)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,

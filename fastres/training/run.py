@@ -235,6 +235,7 @@ class Run:
             "amp": config.amp,
             "channels_last": config.channels_last,
             "compile": config.compile,
+            "compile_mode": config.compile_mode,
             "fused": config.fused,
             "seed": config.seed,
             "versions": versions(),

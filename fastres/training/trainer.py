@@ -76,6 +76,11 @@ class Evaluation:
         return [100 * row[label] / max(sum(row), 1) for label, row in enumerate(self.confusion)]
 
 
+def compiled(model: nn.Module, config: TrainConfig) -> Callable[..., torch.Tensor]:
+    """``model`` under torch.compile, if ``config`` says so."""
+    return torch.compile(model, dynamic=False, mode=config.compile_mode) if config.compile else model
+
+
 class Trainer:
     """SGD on ``model`` as ``config`` says, with ``device``, ``amp`` and ``compile`` no longer ``auto``.
 
@@ -88,7 +93,7 @@ class Trainer:
         self.config, self.device, self.num_classes = config, device, num_classes
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device).to(memory_format=self.memory_format)
-        self.forward = torch.compile(self.model, dynamic=False) if config.compile else self.model
+        self.forward = compiled(self.model, config)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,
