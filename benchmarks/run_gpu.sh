@@ -4,9 +4,10 @@
 #   benchmarks/run_gpu.sh [FOLDER]
 #
 # Each result is in FOLDER (benchmarks/results/MACHINE-DATE) as soon as it is there; a step that fails or takes too
-# long is noted in steps.txt, and the next begins. What no time is left for is noted, too. PYTHON names the interpreter
-# that fastres is installed for, BUDGET the seconds for all of it. QUICK=1 takes tiny sizes, to try the script itself,
-# also where there is no GPU.
+# long is noted in steps.txt, and the next begins. What no time is left for is noted, too: called again with the same
+# FOLDER, the script does what has not succeeded yet. PYTHON names the interpreter that fastres is installed for, BUDGET
+# the seconds for all of it, DATA a folder with CIFAR-10 as train/<class>/ and test/<class>/ (digits otherwise). QUICK=1
+# takes tiny sizes, to try the script itself, also where there is no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,17 +20,20 @@ else
 fi
 out=${1:-benchmarks/results/$machine-$(date +%F)}
 mkdir -p "$out"
-: >"$out/steps.txt"
+touch "$out/steps.txt"
 
-# step NAME SECONDS COMMAND...: runs it for at most SECONDS, keeps what it prints, and says how it ended
+# step NAME SECONDS COMMAND...: runs it for at most SECONDS, keeps what it prints, and says how it ended; once it
+# succeeded, no more
 step() {
     local name=$1 limit=$2 start=$SECONDS left=$((BUDGET - SECONDS)) code=0
     shift 2
+    grep -q "^$name: exit code 0 " "$out/steps.txt" && return
     if ((left < 15)); then
         echo "$name: left out, no time" | tee -a "$out/steps.txt"
         return
     fi
     ((limit > left)) && limit=$left
+    rm -rf "${out:?}/$name" # of a call that was cut
     timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
     echo "$name: exit code $code after $((SECONDS - start)) s" | tee -a "$out/steps.txt"
 }
@@ -44,6 +48,7 @@ models=(resnet50 resnet18 vgg16 vgg19_bn_4096)
 batches=(128 512)
 sizes=(--seconds 6)
 training=(--dataset digits --epochs 8)
+[[ ${DATA:-} ]] && training=(--dataset folder --data-dir "$DATA" --epochs 24 --augmentation crop-flip-cutout)
 if [[ ${QUICK:-} ]]; then
     models=(vgg11)
     batches=(8)
@@ -57,13 +62,17 @@ pytest operator 90 benchmarks/test_batch_norm_relu.py
 pytest loaders 60 benchmarks/test_loaders.py
 for batch in "${batches[@]}"; do
     for model in "${models[@]}"; do
-        # compiling takes most of the time; ResNet-50 shows what it gains
-        variant=--no-compile-variant
-        [[ $model == resnet50 ]] && variant=--compile-variant
-        step "profile-$model-$batch" 120 "$PYTHON" -m fastres.profile --model "$model" --batch-size "$batch" \
+        # compiling takes most of the time; ResNet-50 shows what it gains, and how its rival with max-autotune does
+        variant=--no-compile-variant limit=120
+        [[ $model == resnet50 ]] && variant=--compile-variant limit=240
+        step "profile-$model-$batch" "$limit" "$PYTHON" -m fastres.profile --model "$model" --batch-size "$batch" \
             "${sizes[@]}" "$variant" --output-dir "$out/profile-$model-$batch"
     done
 done
+if [[ ${DATA:-} ]]; then
+    step study-architecture 150 "$PYTHON" -m fastres.study architecture --dataset folder --data-dir "$DATA" \
+        --output-dir "$out/study-architecture"
+fi
 for model in "${models[@]}"; do
     step "train-$model" 60 "$PYTHON" -m fastres.train --model "$model" "${training[@]}" \
         --output-dir "$out/train-$model"
