@@ -92,6 +92,7 @@ def write_report(folder: Path, price_per_hour: float = 0.0) -> Path:
     page = Template((Path(__file__).parent / "study.html").read_text()).substitute(
         title=escape(study["title"]),
         scale=escape(scale_line(study)),
+        scale_string=json.dumps(scale_line(study), ensure_ascii=False).replace("<", r"\3c "),
         body=inline_pictures(markdown.markdown(content, extensions=["tables"]), folder),
     )
     (folder / "report.html").write_text(page)
