@@ -2,6 +2,7 @@
 
 import gc
 import io
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -57,13 +58,18 @@ class EagerLoader:
             num_workers=self.workers,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # or every iteration would draw from the global one, which dropout uses
-            worker_init_fn=_keep_what_was_inherited,
+            worker_init_fn=_set_apart,
         )
 
 
-def _keep_what_was_inherited(worker: int) -> None:
-    """A forked process must not collect the parent's garbage: a DALI pipeline's threads, say, do not exist in it."""
+def _set_apart(worker: int) -> None:
+    """A forked process must not collect the parent's garbage: a DALI pipeline's threads, say, do not exist in it.
+
+    And a signal to the group of processes, as torchrun and terminals send it, is the parent's to act on: it still needs
+    its workers to come to the end of the step.
+    """
     gc.freeze()
+    os.setpgrp()
 
 
 class _PlannedImages(Dataset):
