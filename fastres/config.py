@@ -64,7 +64,7 @@ class TrainConfig:
 
     epochs: int = flag("Optimization", "training epochs; digits: 7", 30)
     batch_size: int = flag("Optimization", "training images a step, of all processes together; digits: 32", 128)
-    eval_batch_size: int = flag("Optimization", "images a step in evaluation", 250)
+    eval_batch_size: int = flag("Optimization", "images a step in evaluation, of all processes together", 250)
     drop_last: bool = flag("Optimization", "leave out the last, smaller batch of a training epoch", True)
     lr: float = flag("Optimization", "peak learning rate; VGGs: 0.01; digits: 0.02", 0.1)
     momentum: float = flag("Optimization", "of SGD", 0.9)

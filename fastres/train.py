@@ -135,7 +135,7 @@ def signals_noted() -> Iterator[Callable[[], int]]:
         yield lambda: noted
     finally:
         for number, handler in before.items():
-            if signal.getsignal(number) is note:
+            if signal.getsignal(number) is note:  # and nothing has replaced it
                 signal.signal(number, handler)
 
 

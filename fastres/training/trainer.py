@@ -156,12 +156,13 @@ class Trainer:
         synchronise the device if it does more than look.
         """
         self.model.train()
+        steps = len(loader)
         self.synchronize()
         start = asked = time.perf_counter()
         for images, labels in loader.epoch(epoch.number, epoch.steps):
             epoch.data_wait_seconds += time.perf_counter() - asked
             images, labels = self._to_device(images, labels)
-            last = epoch.steps + 1 == len(loader)  # the only step whose batch may have unequal shares
+            last = epoch.steps + 1 == steps  # the only step whose batch may have unequal shares
             epoch.lr = self.optimizer.param_groups[0]["lr"]
             loss, logits = self._step(images, labels, self._weight(len(labels)) if last else 1.0)
             epoch.loss_sum += loss * len(labels)
