@@ -45,7 +45,14 @@ def job() -> Iterator[None]:
     if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        # torchrun keeps its store over a restart, with the addresses of processes that are gone
+        store=dist.PrefixStore(f"restart-{restarts()[0]}", store),
+        rank=rank,
+        world_size=world_size,
+    )
     try:
         yield
     finally:
