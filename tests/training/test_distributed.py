@@ -16,10 +16,11 @@ from torch import nn
 
 from fastres import profile, study
 from fastres.config import TrainConfig
-from fastres.errors import UserError
+from fastres.errors import Interrupted, UserError
 from fastres.models import MODELS
 from fastres.nn import BatchNormReLU2d, SyncBatchNormReLU2d
 from fastres.training import distributed
+from fastres.training.checkpoint import read_checkpoint
 from fastres.training.run import Run, resolve
 from fastres.training.trainer import Epoch
 from tests.conftest import CommandLine
@@ -195,6 +196,20 @@ def test_evaluation_counts_each_image_once(arrays, tmp_path):
     jointly(evaluate_jointly, tmp_path, arrays, alone)
 
 
+def stop_jointly(dataset, folder):
+    run = make_run(dataset, output_dir=folder)
+    signals = iter([0, 0, 15, 0] if dist.get_rank() == 1 else [0] * 4)
+    with pytest.raises(Interrupted) as stop:
+        run.fit(signalled=lambda: next(signals))
+    assert (stop.value.exit_code, next(signals)) == (143, 0)
+
+
+@pytest.mark.usefixtures("restored_models")
+def test_a_signal_to_one_process_stops_all_after_that_step(arrays, tmp_path):
+    jointly(stop_jointly, tmp_path, arrays, tmp_path / "run")
+    assert read_checkpoint(tmp_path / "run")["epoch"]["steps"] == 3
+
+
 def torchrun(*arguments, restarts=0, module="tests.training.tiny_job", **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={JOINT}"]
     command += [f"--max-restarts={restarts}", "-m", module, *map(str, arguments)]
@@ -244,11 +259,11 @@ def test_a_job_leaves_what_a_run_leaves(whole):
     assert correct.tolist() == pytest.approx(correct.round().tolist())
 
 
-def test_sigterm_to_torchrun_stops_all_after_the_same_step(whole, tmp_path):
+def test_a_job_stopped_by_sigterm_to_torchrun_ends_bit_identically(whole, tmp_path):
     stopped = torchrun(*FLAGS, "--output-dir", tmp_path / "part", FAULT=f"1 {STEPS + 5} SIGTERM torchrun")
     assert stopped.returncode != 0
     assert stopped.stderr.count("stopped by SIGTERM; --resume") == 1
-    assert torch.load(tmp_path / "part/last.pt")["epoch"]["steps"] < STEPS
+    assert read_checkpoint(tmp_path / "part")["epoch"]["steps"] < STEPS
     resumed = torchrun("--resume", tmp_path / "part")
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(whole, tmp_path / "part")
