@@ -42,6 +42,12 @@ class TrainConfig:
         "Model", "start the last norm of each residual block at 0; auto: on for resnets, except on digits", None
     )
     fused: bool = flag("Model", "fused BatchNorm-(add-)ReLU operator instead of torch's modules", True)
+    sync_bn: bool = flag(
+        "Model",
+        "under torchrun: BatchNorm over the whole batch, not over each process's part of it; the statistics of every "
+        "norm then travel between the processes, forward and backward",
+        False,
+    )
 
     dataset: str = flag(
         "Data", "auto: mini-cifar10 if it is there or downloads within seconds, otherwise digits", "auto", DATASETS
@@ -59,8 +65,8 @@ class TrainConfig:
     workers: int = flag("Data", "threads (dali) or processes (eager) that prepare batches", 2)
 
     epochs: int = flag("Optimization", "training epochs; digits: 7", 30)
-    batch_size: int = flag("Optimization", "training images a step; digits: 32", 128)
-    eval_batch_size: int = flag("Optimization", "images a step in evaluation", 250)
+    batch_size: int = flag("Optimization", "training images a step, of all processes together; digits: 32", 128)
+    eval_batch_size: int = flag("Optimization", "images a step in evaluation, of all processes together", 250)
     drop_last: bool = flag("Optimization", "leave out the last, smaller batch of a training epoch", True)
     lr: float = flag("Optimization", "peak learning rate; VGGs: 0.01; digits: 0.02", 0.1)
     momentum: float = flag("Optimization", "of SGD", 0.9)
@@ -95,6 +101,7 @@ class TrainConfig:
             (self.workers >= 1, f"--workers {self.workers}: must be at least 1"),
             (self.checkpoint_every >= 1, f"--checkpoint-every {self.checkpoint_every}: must be at least 1"),
             (self.checkpoint_minutes >= 0, f"--checkpoint-minutes {self.checkpoint_minutes}: must not be negative"),
+            (self.fused or not self.sync_bn, "--sync-bn: is made of the fused operator; leave --no-fused off"),
             (self.seed >= 0, f"--seed {self.seed}: must not be negative"),
             (self.lr > 0, f"--lr {self.lr}: must be positive"),
             (0 <= self.momentum < 1, f"--momentum {self.momentum}: must be in [0, 1)"),

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastres import ops
 from fastres.ops.batch_norm_relu import reference
 
-__all__ = ["BatchNormReLU2d", "EagerBatchNormReLU2d"]
+__all__ = ["BatchNormReLU2d", "EagerBatchNormReLU2d", "SyncBatchNormReLU2d"]
 
 
 class BatchNormReLU2d(nn.BatchNorm2d):
@@ -60,3 +62,83 @@ class EagerBatchNormReLU2d(BatchNormReLU2d):
     """`BatchNormReLU2d` in plain PyTorch operators: what the fused one is compared with."""
 
     _function = staticmethod(reference.batch_norm_relu)
+
+
+class SyncBatchNormReLU2d(BatchNormReLU2d):
+    """`BatchNormReLU2d` over the joined batch of all processes, whose parts may differ in size.
+
+    That is what `torch.nn.SyncBatchNorm` is to `BatchNorm2d`, on the CPU, too. Without a process group, and in
+    evaluation, it is `BatchNormReLU2d`.
+    """
+
+    @staticmethod
+    def _function(
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        residual: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        relu: bool,
+    ) -> Tensor:
+        if not training or not dist.is_initialized():
+            return ops.batch_norm_relu(
+                x, running_mean, running_var, weight, bias,
+                residual=residual, training=training, momentum=momentum, eps=eps, relu=relu,
+            )  # fmt: skip
+        y, mean, var, count = _SyncBatchNormReLU.apply(x, residual, weight, bias, eps, relu)
+        if running_mean is not None and running_var is not None:
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+            running_var.mul_(1 - momentum).add_(var * count / (count - 1), alpha=momentum)
+        return y
+
+
+class _SyncBatchNormReLU(torch.autograd.Function):
+    """The fused operator as in evaluation, with the statistics of all processes, and their part of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps, relu):  # type: ignore[no-untyped-def]
+        # faster than torch.var_mean, and without a float32 copy
+        _, mean, var = torch.ops.fastres.batch_norm_relu(x, None, None, None, None, None, True, eps, False)
+        own = torch.cat([mean.new_full((1,), x.numel() // x.size(1)), mean, var])
+        all_own = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(all_own, own)
+        counts, means, variances = torch.stack(all_own).split([1, x.size(1), x.size(1)], dim=1)
+        count = counts.sum()
+        mean = (counts * means).sum(0) / count
+        var = (counts * (variances + (means - mean).square())).sum(0) / count
+        y = ops.batch_norm_relu(x, mean, var, weight, bias, residual=residual, training=False, eps=eps, relu=relu)
+        ctx.mark_non_differentiable(mean, var, count)
+        ctx.set_materialize_grads(False)
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(x, y if ctx.has_residual and relu else None, weight, bias, mean, var, count)
+        ctx.options = False, eps, relu
+        return y, mean, var, count
+
+    @staticmethod
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        x, output, weight, bias, mean, var, count = ctx.saved_tensors
+        dx, dz, dweight, dbias = torch.ops.fastres.batch_norm_relu_backward(
+            grad, x, output, weight, bias, mean, var, *ctx.options
+        )
+        sums = torch.cat([dbias, dweight])
+        dist.all_reduce(sums)
+        mean_dz, mean_dz_xhat = (sums / count).chunk(2)
+        # dx is invstd * weight * dz; what is missing is -invstd * weight * (mean_dz + xhat * mean_dz_xhat)
+        invstd = (var + ctx.options[1]).rsqrt()
+        scale = invstd if weight is None else invstd * weight
+        slope = -scale * invstd * mean_dz_xhat
+        offset = -scale * mean_dz - slope * mean
+        dx += torch.addcmul(offset.view(-1, 1, 1), slope.view(-1, 1, 1), x)
+        return (
+            dx,
+            (grad if output is None else dz) if ctx.has_residual else None,
+            None if weight is None else dweight.to(weight.dtype),
+            None if bias is None else dbias.to(bias.dtype),
+            None,
+            None,
+        )

@@ -27,6 +27,7 @@ from fastres.errors import UserError
 from fastres.models import create_model
 from fastres.report.profile import advice, plot_profile, profile_table
 from fastres.roofline import forward_macs, limit_seconds, measure_machine, step_kernels
+from fastres.training import distributed
 from fastres.training.baseline import StudyLoop
 from fastres.training.memory import keep_freed_memory
 from fastres.training.run import commit, device_name, resolve, steps_per_epoch, versions, write_json
@@ -151,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 2 for bad input, 130 for an interrupt."""
     parser = Parser("python -m fastres.profile", description=__doc__)
     add_flags(parser, ProfileConfig)
+    distributed.refuse(parser)
     given = parser.parse_flags(arguments)
     console = Console(highlight=False, soft_wrap=True)
     try:
@@ -336,7 +338,6 @@ def planned_loader(config: TrainConfig, dataset: Dataset, steps: int) -> Loader:
         std=dataset.std,
         device=torch.device(config.device),
         workers=config.workers,
-        drop_last=True,
     )
 
 

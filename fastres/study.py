@@ -28,6 +28,7 @@ from fastres.report.study import write_report
 from fastres.roofline import forward_macs
 from fastres.studies import RunDefinition, Study, list_studies, load_study
 from fastres.train import RESUMABLE, configure, prepare, signals_noted
+from fastres.training import distributed
 from fastres.training.run import Run, resolve, write_json
 from fastres.training.trainer import Epoch
 
@@ -104,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     actions = parser.add_argument_group("Actions").add_mutually_exclusive_group()
     actions.add_argument("--resume", action="store_true", help="keep finished runs and go on with interrupted ones")
     actions.add_argument("--dry-run", action="store_true", help="only say what would run, and about how long")
-    add_flags(parser, TrainConfig, leave_out=("seed", "output_dir"))
+    add_flags(parser, TrainConfig, leave_out=("seed", "output_dir", "sync_bn"))
+    distributed.refuse(parser)
     given = parser.parse_flags(arguments)
     name, resume, dry_run = given.pop("name"), given.pop("resume"), given.pop("dry_run")
     console = Console(highlight=False, soft_wrap=True)
@@ -309,8 +311,6 @@ def execute(run: PlannedRun, advance: Callable[[float], None]) -> dict[str, Any]
     One's own process makes the peak memory that of this run alone. ``advance`` is called with the ``work`` done.
     """
     checkpoint = run.folder / "last.pt"
-    if not checkpoint.exists():
-        (run.folder / "config.json").unlink(missing_ok=True)  # of a run that was killed before it saved anything
     resume = run.folder if checkpoint.exists() else None
     given = {key: value for key, value in vars(run.config).items() if not resume or key in RESUMABLE}
     PROCESSES.set_forkserver_preload([__name__])

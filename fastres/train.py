@@ -16,6 +16,7 @@ from fastres.data.datasets import Dataset, load_dataset
 from fastres.errors import Interrupted, UserError
 from fastres.report.plots import plot_curves
 from fastres.report.tables import summary_table
+from fastres.training import distributed
 from fastres.training.checkpoint import read_checkpoint
 from fastres.training.memory import keep_freed_memory
 from fastres.training.run import Row, Run, resolve
@@ -35,17 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     actions = parser.add_argument_group("Instead of a new run").add_mutually_exclusive_group()
     actions.add_argument("--resume", type=Path, metavar="PATH", help="go on with the run of this folder or last.pt")
     actions.add_argument("--eval", type=Path, metavar="RUN", help="test the best weights of this run's folder again")
-    given = parser.parse_flags(arguments)
-    resume, evaluate = given.pop("resume"), given.pop("eval")
-    console = Console(highlight=False, soft_wrap=True)
-    try:
-        if evaluate:
-            evaluate_run(evaluate, given, console)
-        else:
-            train(given, resume, console)
-    except (UserError, Interrupted) as error:
-        print(f"{parser.prog}: {'error: ' if isinstance(error, UserError) else ''}{error}", file=sys.stderr)
-        return error.exit_code
+    with distributed.job():
+        given = distributed.from_rank_0(lambda: parser.parse_flags(arguments))
+        resume, evaluate = given.pop("resume"), given.pop("eval")
+        rank = distributed.rank()
+        console = Console(highlight=False, soft_wrap=True, quiet=rank > 0)
+        try:
+            with distributed.loss_of_processes_named():
+                if evaluate:
+                    evaluate_run(evaluate, given, console)
+                else:
+                    train(given, resume, console)
+        except UserError as error:
+            print(f"{parser.prog}: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+            return error.exit_code
+        except Interrupted as stop:  # by a signal to all of the job
+            if rank == 0:
+                print(f"{parser.prog}: {stop}", file=sys.stderr)
+            return stop.exit_code
     return 0
 
 
@@ -64,24 +72,39 @@ def train(given: dict[str, Any], resume: Path | None, console: Console) -> dict[
         task = progress.add_task(f"epoch {len(run.history) + 1}", total=len(run.train_loader), completed=done)
         with signals_noted() as signalled:
             summary = run.fit(lambda: progress.advance(task), on_epoch, signalled)
-    picture = plot_curves(run.folder, f"{summary['model']} on {summary['dataset']}")
-    console.print(summary_table(summary))
-    console.print(f"run:     {run.folder}\npicture: {picture}")
+    if distributed.rank() == 0:
+        picture = plot_curves(run.folder, f"{summary['model']} on {summary['dataset']}")
+        console.print(summary_table(summary))
+        console.print(f"run:     {run.folder}\npicture: {picture}")
     return summary
 
 
 def prepare(given: dict[str, Any], resume: Path | None, console: Console) -> Run:
     """The run that ``train`` trains; nothing is written yet."""
-    checkpoint = read_checkpoint(resume) if resume else None
-    if checkpoint:
-        assert resume is not None
-        settings = resumed_settings(checkpoint["config"], given, resume)
-    else:
-        settings = over_recipe(given)
-    config, dataset = configure(settings, console)
+    config, dataset, checkpoint = distributed.from_rank_0(lambda: choose(given, resume, console))
     if config.device == "cpu":
         keep_freed_memory()
     return Run(config, dataset, checkpoint)
+
+
+def choose(
+    given: dict[str, Any], resume: Path | None, console: Console
+) -> tuple[TrainConfig, Dataset, dict[str, Any] | None]:
+    """What ``prepare`` makes a run of: settings, dataset, and the checkpoint that it goes on from, if any."""
+    if resume:
+        checkpoint = read_checkpoint(resume)
+        return *configure(resumed_settings(checkpoint["config"], given, resume), console), checkpoint
+    restart, most_restarts = distributed.restarts()
+    if most_restarts and "output_dir" not in given:
+        raise UserError("--output-dir: needed with torchrun's --max-restarts, so that a restart finds its run")
+    config, dataset = configure(over_recipe(given), console)
+    assert config.output_dir is not None
+    if not restart or not (config.output_dir / "last.pt").exists():
+        return config, dataset, None
+    checkpoint = read_checkpoint(config.output_dir)
+    resumed_settings(checkpoint["config"], vars(config), config.output_dir)  # or it is another run's
+    console.print(f"restart {restart} of {most_restarts}: goes on from {config.output_dir / 'last.pt'}")
+    return config, dataset, checkpoint
 
 
 def configure(
@@ -115,7 +138,8 @@ def signals_noted() -> Iterator[Callable[[], int]]:
         yield lambda: noted
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is note:  # and nothing has replaced it
+                signal.signal(number, handler)
 
 
 def resumed_settings(saved: dict[str, Any], given: dict[str, Any], resume: Path) -> dict[str, Any]:
@@ -131,6 +155,14 @@ def resumed_settings(saved: dict[str, Any], given: dict[str, Any], resume: Path)
 
 def evaluate_run(folder: Path, given: dict[str, Any], console: Console) -> None:
     """Prints the test loss and accuracy of the best weights in ``folder`` beside those that the run recorded."""
+    config, dataset, summary = distributed.from_rank_0(lambda: finished_run(folder, given, console))
+    evaluation = Run(config, dataset).evaluate_best()
+    console.print(f"test loss     {evaluation.loss:.6f}   recorded {summary['test_loss']:.6f}")
+    console.print(f"test accuracy {evaluation.accuracy:.2f} %   recorded {summary['best_accuracy']:.2f} %")
+
+
+def finished_run(folder: Path, given: dict[str, Any], console: Console) -> tuple[TrainConfig, Dataset, dict[str, Any]]:
+    """Settings, dataset and summary of the run in ``folder``. Raises UserError where it did not end there."""
     try:
         saved = json.loads((folder / "config.json").read_text())
         summary = json.loads((folder / "summary.json").read_text())
@@ -141,9 +173,7 @@ def evaluate_run(folder: Path, given: dict[str, Any], console: Console) -> None:
     console.print(f"dataset: {line}")
     config, line = resolve(config, dataset)
     console.print(line)
-    evaluation = Run(config, dataset).evaluate_best()
-    console.print(f"test loss     {evaluation.loss:.6f}   recorded {summary['test_loss']:.6f}")
-    console.print(f"test accuracy {evaluation.accuracy:.2f} %   recorded {summary['best_accuracy']:.2f} %")
+    return config, dataset, summary
 
 
 def progress_bar(console: Console, steps: int) -> Progress:
@@ -156,7 +186,7 @@ def progress_bar(console: Console, steps: int) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or console.quiet,
     )
 
 

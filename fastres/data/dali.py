@@ -18,9 +18,9 @@ class DaliLoader:
     """Applies the plan of an epoch to a split with DALI, in ``workers`` threads and, for CUDA, on the device.
 
     Encoded images are decoded (and resized) once, here, and kept as 3 KiB of pixels each. ``plan_of_epoch(epoch)``
-    gives the EpochPlan. Batches are float32 ``[B, 3, 32, 32]`` channels-last, normalised with ``mean`` and ``std`` of
-    pixels in [0, 1], and int64 ``[B]``, both on ``device``. The pipeline runs ahead, also over the end of an epoch, so
-    that the next epoch's first batch is ready when it is asked for.
+    gives the EpochPlan, always of one length. Batches are float32 ``[B, 3, 32, 32]`` channels-last, normalised with
+    ``mean`` and ``std`` of pixels in [0, 1], and int64 ``[B]``, both on ``device``. The pipeline runs ahead, also over
+    the end of an epoch, so that the next epoch's first batch is ready when it is asked for.
     """
 
     def __init__(
@@ -33,14 +33,13 @@ class DaliLoader:
         std: tuple[float, float, float],
         device: torch.device,
         workers: int = 2,
-        drop_last: bool = False,
     ) -> None:
         self.images = decode(split, device, workers) if isinstance(split.images, list) else split.images
         self.labels, self.plan_of_epoch = split.labels, plan_of_epoch
         self.batch_size = batch_size
         self.mean, self.std = mean, std
         self.device, self.workers = device, workers
-        self.num_batches = len(split) // batch_size if drop_last else -(-len(split) // batch_size)
+        self.num_batches = -(-len(plan_of_epoch(0)) // batch_size)
         self.pipeline: Pipeline | None = None
         self.upcoming = 0, 0  # the epoch and the batch that the pipeline gives next
 

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,12 +15,17 @@ from fastres.data.plan import CROP_PADDING, CUTOUT_SIZE, EpochPlan
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
+# A worker must not collect the garbage of the process that it was forked from: the threads of a DALI pipeline, say, do
+# not exist in it.
+os.register_at_fork(after_in_child=gc.freeze)
+
 
 class EagerLoader:
     """Applies the plan of an epoch to a split, in ``workers`` processes that are started anew for every epoch.
 
-    ``plan_of_epoch(epoch)`` gives the EpochPlan. Batches are float32 ``[B, 3, 32, 32]`` contiguous, normalised with
-    ``mean`` and ``std`` of pixels in [0, 1], and int64 ``[B]``, on the CPU (pinned for a CUDA ``device``).
+    ``plan_of_epoch(epoch)`` gives the EpochPlan, always of one length. Batches are float32 ``[B, 3, 32, 32]``
+    contiguous, normalised with ``mean`` and ``std`` of pixels in [0, 1], and int64 ``[B]``, on the CPU (pinned for a
+    CUDA ``device``).
     """
 
     def __init__(
@@ -32,11 +38,11 @@ class EagerLoader:
         std: tuple[float, float, float],
         device: torch.device,
         workers: int = 2,
-        drop_last: bool = False,
     ) -> None:
         self.images = _PlannedImages(split, mean, std)
+        self.images.plan = plan_of_epoch(0)
         self.plan_of_epoch = plan_of_epoch
-        self.batch_size, self.workers, self.drop_last = batch_size, workers, drop_last
+        self.batch_size, self.workers = batch_size, workers
         self.pin_memory = device.type == "cuda"
 
     def __len__(self) -> int:
@@ -54,16 +60,16 @@ class EagerLoader:
             self.batch_size,
             sampler=range(first_batch * self.batch_size, len(self.images)),
             num_workers=self.workers,
-            drop_last=self.drop_last,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # or every iteration would draw from the global one, which dropout uses
-            worker_init_fn=_keep_what_was_inherited,
+            worker_init_fn=_leave_the_group,
         )
 
 
-def _keep_what_was_inherited(worker: int) -> None:
-    """A forked process must not collect the parent's garbage: a DALI pipeline's threads, say, do not exist in it."""
-    gc.freeze()
+def _leave_the_group(worker: int) -> None:
+    """A signal to the group of processes, as torchrun and terminals send it, is the parent's to act on: it still needs
+    its workers to come to the end of the step."""
+    os.setpgrp()
 
 
 class _PlannedImages(Dataset):
@@ -75,7 +81,7 @@ class _PlannedImages(Dataset):
         self.split, self.mean, self.std = split, mean, std
 
     def __len__(self) -> int:
-        return len(self.split)
+        return len(self.plan)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         plan, index = self.plan, self.plan.order[i]

@@ -6,7 +6,7 @@ gives the same batches, a resumed run sees the data that the interrupted one wou
 slices of one plan.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,6 +40,16 @@ class EpochPlan:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def share(self, rank: int, processes: int, batch_size: int, drop_last: bool = False) -> "EpochPlan":
+        """What process ``rank`` of ``processes`` shows: a contiguous part of every batch of ``batch_size`` images.
+
+        The parts of a batch differ by one image at most. ``drop_last`` leaves out a last batch that is smaller.
+        """
+        images = len(self) - len(self) % batch_size if drop_last else len(self)
+        batches = np.split(np.arange(images), range(batch_size, images, batch_size))
+        rows = np.concatenate([np.array_split(batch, processes)[rank] for batch in batches])
+        return replace(self, **{name: column[rows] for name, column in vars(self).items() if column is not None})
 
 
 def training_plan(seed: int, epoch: int, num_images: int, augmentation: str) -> EpochPlan:

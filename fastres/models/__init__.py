@@ -7,7 +7,7 @@ from torch import nn
 from fastres.errors import UserError
 from fastres.models.resnet import resnet18, resnet34, resnet50, resnet101
 from fastres.models.vgg import vgg11, vgg13, vgg16, vgg19, vgg19_4096, vgg19_bn_4096
-from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
+from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d, SyncBatchNormReLU2d
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     model.__name__: model
@@ -23,7 +23,9 @@ def list_models() -> list[str]:
     return list(MODELS)
 
 
-def create_model(name: str, num_classes: int, zero_gamma: bool = False, fused: bool = True) -> nn.Module:
+def create_model(
+    name: str, num_classes: int, zero_gamma: bool = False, fused: bool = True, sync_bn: bool = False
+) -> nn.Module:
     """A freshly initialised model, ``[B, 3, 32, 32]`` to ``[B, num_classes]`` logits.
 
     Args:
@@ -31,12 +33,13 @@ def create_model(name: str, num_classes: int, zero_gamma: bool = False, fused: b
         zero_gamma: the last norm of each residual block starts at weight 0, so that the block starts as the identity
             (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
         fused: norm, residual add and ReLU in one operator; otherwise torch's own modules, with the same state dict.
+        sync_bn: the fused operator over the joined batch of all processes; also with the same state dict.
 
     Raises UserError for an unknown name, and for ``zero_gamma`` of a model without residual blocks.
     """
     if name not in MODELS:
         raise UserError(f"--model {name}: unknown; there are {', '.join(MODELS)}")
-    norm_layer = BatchNormReLU2d if fused else EagerBatchNormReLU2d
+    norm_layer = SyncBatchNormReLU2d if sync_bn else BatchNormReLU2d if fused else EagerBatchNormReLU2d
     if name.startswith("resnet"):
         return MODELS[name](num_classes, norm_layer=norm_layer, zero_gamma=zero_gamma)
     if zero_gamma:

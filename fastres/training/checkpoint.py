@@ -3,6 +3,7 @@
 import os
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastres.errors import RunError, UserError
+from fastres.training import distributed
 from fastres.training.trainer import Epoch, Trainer
 
-FORMAT = "fastres checkpoint 1"
+FORMAT = "fastres checkpoint 2"
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -49,7 +51,10 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
 
 
 def save_checkpoint(path: Path, trainer: Trainer, history: list[dict[str, Any]], epoch: Epoch | None = None) -> None:
-    """Everything that the next step depends on: of ``epoch``, if the run is in the middle of one."""
+    """Everything that the next step depends on: of ``epoch``, if the run is in the middle of one.
+
+    All processes of a job must call it, with the ``epoch`` of them all; rank 0 writes.
+    """
     cuda = trainer.device.type == "cuda"
     state = {
         "format": FORMAT,
@@ -60,10 +65,11 @@ def save_checkpoint(path: Path, trainer: Trainer, history: list[dict[str, Any]],
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.scheduler.state_dict(),
         "scaler": trainer.scaler.state_dict(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state(trainer.device) if cuda else None,
+        "rng": distributed.gather(torch.get_rng_state()),
+        "cuda_rng": distributed.gather(torch.cuda.get_rng_state(trainer.device) if cuda else None),
     }
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    if distributed.rank() == 0:
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -84,15 +90,26 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any], trainer: Trainer) -> Epoch | None:
-    """Brings ``trainer`` to where ``state`` was saved, and returns the epoch that it was in the middle of, if any."""
+    """Brings ``trainer`` to where ``state`` was saved, and returns the epoch that it was in the middle of, if any.
+
+    The number of processes may be another: those that were not there before keep their own random state.
+    """
+    rank = distributed.rank()
     trainer.model.load_state_dict(state["model"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"])
-    if trainer.device.type == "cuda" and state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"], trainer.device)
-    return state["epoch"] and Epoch.from_state_dict(state["epoch"], trainer.device)
+    if rank < len(state["rng"]):
+        torch.set_rng_state(state["rng"][rank])
+        if trainer.device.type == "cuda" and state["cuda_rng"][rank] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"][rank], trainer.device)
+    if state["epoch"] is None:
+        return None
+    epoch = Epoch.from_state_dict(state["epoch"], trainer.device)
+    if rank > 0:  # rank 0 has the sums of all so far
+        none = Epoch.begin(epoch.number, trainer.device)
+        epoch = replace(epoch, loss_sum=none.loss_sum, correct=none.correct, images=none.images)
+    return epoch
 
 
 def _first_line(error: Exception) -> str:

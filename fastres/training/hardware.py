@@ -3,19 +3,20 @@
 import torch
 
 from fastres.errors import UserError
+from fastres.training.distributed import local_device
 
 COMPILE_STEPS = 2000  # a run shorter than this may not win back the minute that compiling takes
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
-    """Raises UserError for ``cuda`` without a usable GPU."""
+    """Raises UserError for ``cuda`` without a usable GPU, and with fewer of them than processes."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UserError(
             "--device cuda: torch sees no CUDA device; take --device cpu, or check nvidia-smi and the driver"
         )
     if name == "cuda" or (name == "auto" and available):
-        return torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
+        return local_device("cuda"), torch.cuda.get_device_name()
     return torch.device("cpu"), "asked for" if name == "cpu" else "no CUDA device"
 
 

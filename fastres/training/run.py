@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -22,9 +23,10 @@ import fastres
 from fastres.config import TrainConfig
 from fastres.data import Loader, choose_loader, create_loader
 from fastres.data.datasets import Dataset, Split
-from fastres.data.plan import evaluation_plan, training_plan
+from fastres.data.plan import EpochPlan, evaluation_plan, training_plan
 from fastres.errors import Interrupted, RunError, UserError
 from fastres.models import create_model
+from fastres.training import distributed
 from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights, write_atomically
 from fastres.training.hardware import choose_amp, choose_compile, choose_device
 from fastres.training.trainer import Epoch, Evaluation, Trainer
@@ -40,6 +42,14 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
     images = len(dataset.train) - round(len(dataset.train) * config.val_fraction)
     if config.batch_size > images:
         raise UserError(f"--batch-size {config.batch_size}: larger than the training set of {images} images")
+    processes, last_batch = distributed.world_size(), images % config.batch_size
+    if config.batch_size % processes:
+        raise UserError(f"--batch-size {config.batch_size}: must be a multiple of the {processes} processes")
+    if 0 < last_batch < processes and not config.drop_last:
+        raise UserError(
+            f"--batch-size {config.batch_size}: leaves {last_batch} of {images} images for the last batch of "
+            f"{processes} processes; add --drop-last, or choose another"
+        )
     steps = config.epochs * steps_per_epoch(config, images)
     device, device_why = choose_device(config.device)
     amp, amp_why = choose_amp(config.amp, device)
@@ -80,7 +90,7 @@ class Run:
         if config.val_fraction:
             dataset, validation = dataset.hold_out(config.val_fraction, config.seed)
         self.dataset = dataset
-        device = torch.device(config.device)
+        device = distributed.local_device(config.device)
         self.train_loader = self._loader(
             dataset.train,
             device,
@@ -92,8 +102,10 @@ class Run:
         self.validation_loader = self._evaluation_loader(validation, device) if validation else None
 
         torch.manual_seed(config.seed)
-        model = create_model(config.model, len(dataset.classes), bool(config.zero_gamma), config.fused)
+        model = create_model(config.model, len(dataset.classes), bool(config.zero_gamma), config.fused, config.sync_bn)
         self.trainer = Trainer(model, config, device, len(dataset.classes), len(self.train_loader))
+        if distributed.rank() > 0:
+            torch.manual_seed(config.seed + distributed.rank())  # every process has dropout of its own
         self.history: list[Row] = []
         self.epoch: Epoch | None = None  # that a checkpoint was in the middle of
         self.resumed = checkpoint is not None
@@ -111,9 +123,31 @@ class Run:
         """Trains to the last epoch, writing to the run's folder after each, and returns the summary.
 
         ``signalled`` is asked after every step: a signal's number ends the run there, saved, with Interrupted.
-        Raises UserError where the folder already holds another run, and RunError for a loss that is no number.
+        Raises UserError where the folder already holds another run, and RunError for a loss that is no number or a
+        process of the job that died.
         """
-        if not self.resumed and (self.folder / "config.json").exists():
+        with distributed.loss_of_processes_named(f"; --resume {self.folder} goes on"):
+            distributed.from_rank_0(self._prepare_folder)
+            self.warm_up_seconds = self.trainer.warm_up()
+            if not self.resumed:
+                self._save()
+            writes = distributed.rank() == 0
+            with SummaryWriter(str(self.folder), purge_step=len(self.history)) if writes else nullcontext() as log:
+                while len(self.history) < self.config.epochs:
+                    epoch = self.epoch or Epoch.begin(len(self.history), self.trainer.device)
+                    self.epoch = None
+                    row = self._finish(self._train(epoch, on_step, signalled))
+                    for name, value in row.items():
+                        if log and name != "epoch":
+                            log.add_scalar(name, value, row["epoch"])
+                    on_epoch(row)
+            summary = self._summary()
+            if writes:
+                write_json(self.folder / "summary.json", summary)
+            return summary
+
+    def _prepare_folder(self) -> None:
+        if not self.resumed and (self.folder / "last.pt").exists():
             raise UserError(
                 f"--output-dir {self.folder}: already holds a run; choose another folder, or --resume {self.folder}"
             )
@@ -122,42 +156,34 @@ class Run:
         except OSError as error:
             raise UserError(f"--output-dir {self.folder}: cannot be made ({error.strerror})") from error
         write_json(self.folder / "config.json", self.config.to_json())
-        self.warm_up_seconds = self.trainer.warm_up()
-        if not self.resumed:
-            self._save()
-        with SummaryWriter(str(self.folder), purge_step=len(self.history)) as tensorboard:
-            while len(self.history) < self.config.epochs:
-                epoch = self.epoch or Epoch.begin(len(self.history), self.trainer.device)
-                self.epoch = None
-                self._train(epoch, on_step, signalled)
-                row = self._finish(epoch)
-                for name, value in row.items():
-                    if name != "epoch":
-                        tensorboard.add_scalar(name, value, row["epoch"])
-                on_epoch(row)
-        summary = self._summary()
-        write_json(self.folder / "summary.json", summary)
-        return summary
 
-    def _train(self, epoch: Epoch, on_step: Callable[[], None], signalled: Callable[[], int]) -> None:
-        """Trains on the rest of ``epoch``, saving within it as asked."""
+    def _train(self, epoch: Epoch, on_step: Callable[[], None], signalled: Callable[[], int]) -> Epoch:
+        """Trains on the rest of ``epoch``, saving within it as asked, and returns that of all processes."""
         saved = time.monotonic()
 
         def after_step() -> None:
             nonlocal saved
             on_step()
-            signal_number = signalled()
+            asked = time.perf_counter()
             minutes = (time.monotonic() - saved) / 60
-            if signal_number or 0 < self.config.checkpoint_minutes <= minutes:
+            # processes notice a signal at different steps, and have clocks of their own, but must save at the same step
+            signal_number, due = distributed.highest(signalled(), 0 < self.config.checkpoint_minutes <= minutes)
+            epoch.seconds += time.perf_counter() - asked
+            if signal_number or due:
                 self.trainer.synchronize()
-                self._check(epoch)
-                self._save(epoch)
+                self._save(self._checked(epoch))
                 saved = time.monotonic()
             if signal_number:
                 raise Interrupted(signal_number, self.folder)
 
         self.trainer.train_epoch(self.train_loader, epoch, after_step)
-        self._check(epoch)
+        return self._checked(epoch)
+
+    def _checked(self, epoch: Epoch) -> Epoch:
+        """``epoch`` of all processes. Raises RunError for a loss that is no number."""
+        whole = epoch.of_all_processes()
+        distributed.from_rank_0(partial(self._check, whole))
+        return whole
 
     def _check(self, epoch: Epoch) -> None:
         finite = int(epoch.finite_steps)
@@ -186,11 +212,12 @@ class Run:
             validation = self.trainer.evaluate(self.validation_loader, epoch.number)
             row |= {"val_loss": validation.loss, "val_accuracy": validation.accuracy}
         self.history.append(row)
-        if best_row(self.history) is row:
-            save_weights(self.trainer.model, self.folder / "best.safetensors")
-        frame = pd.DataFrame(self.history)
-        write_atomically(self.folder / "history.csv", partial(frame.to_csv, index=False))
-        write_atomically(self.folder / "history.pkl", frame.to_pickle)
+        if distributed.rank() == 0:
+            if best_row(self.history) is row:
+                save_weights(self.trainer.model, self.folder / "best.safetensors")
+            frame = pd.DataFrame(self.history)
+            write_atomically(self.folder / "history.csv", partial(frame.to_csv, index=False))
+            write_atomically(self.folder / "history.pkl", frame.to_pickle)
         if row["epoch"] % self.config.checkpoint_every == 0 or row["epoch"] == self.config.epochs:
             self._save()
         return row
@@ -200,7 +227,9 @@ class Run:
 
     def evaluate_best(self) -> Evaluation:
         """The test split through the best epoch's weights, reloaded from their file."""
-        load_weights(self.trainer.model, self.folder / "best.safetensors")
+        model = self.trainer.model
+        distributed.from_rank_0(lambda: load_weights(model, self.folder / "best.safetensors"))
+        distributed.copy_from_rank_0(model.state_dict().values())
         return self.trainer.evaluate(self.test_loader, self.config.epochs)
 
     def _summary(self) -> dict[str, Any]:
@@ -231,6 +260,7 @@ class Run:
             "warm_up_seconds": self.warm_up_seconds,
             "peak_memory_mb": peak_memory,
             "device": device_name(self.trainer.device),
+            "world_size": distributed.world_size(),
             "loader": config.loader,
             "amp": config.amp,
             "channels_last": config.channels_last,
@@ -243,18 +273,25 @@ class Run:
         }
 
     def _loader(
-        self, split: Split, device: torch.device, plan_of_epoch: Callable[..., Any], batch_size: int, drop_last: bool
+        self,
+        split: Split,
+        device: torch.device,
+        plan_of_epoch: Callable[[int], EpochPlan],
+        batch_size: int,
+        drop_last: bool,
     ) -> Loader:
+        """A loader of this process's share of every batch of ``batch_size`` images."""
+        share = distributed.largest_share(batch_size)
+        rank, processes = distributed.rank(), distributed.world_size()
         return create_loader(
             self.config.loader,
             split,
-            plan_of_epoch,
-            batch_size=batch_size,
+            lambda epoch: plan_of_epoch(epoch).share(rank, processes, share * processes, drop_last),
+            batch_size=share,
             mean=self.dataset.mean,
             std=self.dataset.std,
             device=device,
             workers=self.config.workers,
-            drop_last=drop_last,
         )
 
     def _evaluation_loader(self, split: Split, device: torch.device) -> Loader:

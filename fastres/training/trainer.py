@@ -2,16 +2,18 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torch.nn.parallel import DistributedDataParallel
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from fastres.config import TrainConfig
 from fastres.data import Loader
+from fastres.training import distributed
 from fastres.training.schedule import lr_factor
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
@@ -24,6 +26,7 @@ class Epoch:
     Sums are over the images seen and stay on the device: ``loss_sum`` (float64, label smoothing included),
     ``correct`` and ``finite_steps`` (int64), the steps before the first whose loss was NaN or infinite. ``seconds``
     covers training alone and ``data_wait_seconds`` is the part of it in which the step stood waiting for a batch.
+    Each of the processes of a job has its own; ``of_all_processes`` joins them.
     """
 
     number: int  # from 0
@@ -52,6 +55,18 @@ class Epoch:
     def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> "Epoch":
         tensors = {name: value.to(device) for name, value in state.items() if torch.is_tensor(value)}
         return cls(**{**state, **tensors})
+
+    def of_all_processes(self) -> "Epoch":
+        """The epoch with the images of all processes; the times are still this one's."""
+        own = self.loss_sum.item(), self.correct.item(), self.images, self.finite_steps.item()
+        losses, correct, images, finite_steps = zip(*distributed.gather(own), strict=True)
+        return replace(
+            self,
+            loss_sum=torch.full_like(self.loss_sum, sum(losses)),
+            correct=torch.full_like(self.correct, sum(correct)),
+            finite_steps=torch.full_like(self.finite_steps, min(finite_steps)),
+            images=sum(images),
+        )
 
     @property
     def loss(self) -> float:
@@ -84,7 +99,8 @@ def compiled(model: nn.Module, config: TrainConfig) -> Callable[..., torch.Tenso
 class Trainer:
     """SGD on ``model`` as ``config`` says, with ``device``, ``amp`` and ``compile`` no longer ``auto``.
 
-    The model is moved to the device and its memory format in place.
+    The model is moved to the device and its memory format in place. In a job of several processes each trains on its
+    share of every batch, and the step is that of the whole batch.
     """
 
     def __init__(
@@ -93,7 +109,9 @@ class Trainer:
         self.config, self.device, self.num_classes = config, device, num_classes
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device).to(memory_format=self.memory_format)
-        self.forward = compiled(self.model, config)
+        self.predict = self.forward = compiled(self.model, config)
+        if distributed.world_size() > 1:
+            self.forward = compiled(DistributedDataParallel(self.model), config)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,
@@ -122,11 +140,13 @@ class Trainer:
         start = time.perf_counter()
         state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            for training, size in ((True, self.config.batch_size), (False, self.config.eval_batch_size)):
+            for training, of_all in ((True, self.config.batch_size), (False, self.config.eval_batch_size)):
+                size = distributed.largest_share(of_all)
+                forward = self.forward if training else self.predict
                 images, labels = self._to_device(torch.randn(size, 3, 32, 32), torch.zeros(size, dtype=torch.int64))
                 self.model.train(training)
                 with torch.set_grad_enabled(training), self._autocast():
-                    loss = F.cross_entropy(self.forward(images), labels)
+                    loss = F.cross_entropy(forward(images), labels)
                 if training:
                     loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
@@ -141,13 +161,15 @@ class Trainer:
         synchronise the device if it does more than look.
         """
         self.model.train()
+        steps = len(loader)
         self.synchronize()
         start = asked = time.perf_counter()
         for images, labels in loader.epoch(epoch.number, epoch.steps):
             epoch.data_wait_seconds += time.perf_counter() - asked
             images, labels = self._to_device(images, labels)
+            last = epoch.steps + 1 == steps  # the only step whose batch may have unequal shares
             epoch.lr = self.optimizer.param_groups[0]["lr"]
-            loss, logits = self._step(images, labels)
+            loss, logits = self._step(images, labels, self._weight(len(labels)) if last else 1.0)
             epoch.loss_sum += loss * len(labels)
             epoch.finite_steps += epoch.loss_sum.isfinite()
             epoch.correct += (logits.argmax(1) == labels).sum()
@@ -159,32 +181,39 @@ class Trainer:
         self.synchronize()
         epoch.seconds += time.perf_counter() - start
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _step(self, images: torch.Tensor, labels: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
         with self._autocast():
             logits = self.forward(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss if weight == 1 else loss * weight).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         return loss.detach(), logits.detach()
 
+    def _weight(self, images: int) -> float:
+        """Of this process's mean loss over ``images``, so that the mean of all is that over the images of all."""
+        shares = distributed.gather(images)
+        return images * len(shares) / sum(shares)
+
     @torch.no_grad()
     def evaluate(self, loader: Loader, epoch: int) -> Evaluation:
-        """Loss and confusion over the images of the loader's epoch ``epoch``."""
+        """Loss and confusion over the images of the loaders' epoch ``epoch`` in all processes, as on rank 0."""
         self.model.eval()
+        distributed.copy_from_rank_0(self.model.buffers())
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        confusion = MulticlassConfusionMatrix(self.num_classes, validate_args=False).to(self.device)
+        counts = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
         for images, labels in loader.epoch(epoch):
             images, labels = self._to_device(images, labels)
             with self._autocast():
-                logits = self.forward(images).float()
+                logits = self.predict(images).float()
             loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-            confusion.update(logits, labels)
-        counts = confusion.compute()
+            counts += multiclass_confusion_matrix(logits, labels, self.num_classes, validate_args=False)
+        losses, parts = zip(*distributed.gather((loss_sum.item(), counts.cpu())), strict=True)
+        counts = sum(parts)
         return Evaluation(
-            loss=loss_sum.item() / counts.sum().item(),
+            loss=sum(losses) / counts.sum().item(),
             accuracy=100 * counts.diag().sum().item() / counts.sum().item(),
             confusion=counts.tolist(),
         )

@@ -104,10 +104,11 @@ def test_images_of_another_size_are_resized_alike(size, arrays, tmp_path):
     assert levels.max() <= 10
 
 
-@pytest.mark.parametrize(("drop_last", "sizes"), [(False, [25, 25, 10]), (True, [25, 25])])
+@pytest.mark.parametrize(("images", "sizes"), [(60, [25, 25, 10]), (50, [25, 25]), (0, [])])
 @pytest.mark.parametrize("name", LOADERS)
-def test_last_batch(name, drop_last, sizes, arrays):
-    loader = make_loader(name, arrays.train, lambda epoch: evaluation_plan(60), arrays, 25, drop_last=drop_last)
+def test_as_many_batches_as_the_plan_fills(name, images, sizes, arrays):
+    loader = make_loader(name, arrays.train, lambda epoch: evaluation_plan(images), arrays, 25)
+    assert len(loader) == len(sizes)
     for epoch in (0, 1):
         assert [len(labels) for _, labels in loader.epoch(epoch)] == sizes
 

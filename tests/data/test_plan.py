@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastres.data.plan import AUGMENTATIONS, evaluation_plan, training_plan
 
@@ -51,3 +53,28 @@ def test_evaluation_shows_the_images_as_they_are():
     plan = evaluation_plan(5)
     np.testing.assert_array_equal(plan.order, np.arange(5))
     assert plan.crop is plan.flip is plan.cutout is None
+
+
+@given(
+    images=st.integers(0, 200),
+    processes=st.integers(1, 5),
+    per_process=st.integers(1, 20),
+    drop_last=st.booleans(),
+)
+def test_shares_make_up_the_plan_batch_by_batch(images, processes, per_process, drop_last):
+    plan, batch_size = training_plan(0, 0, images, "crop-flip-cutout"), processes * per_process
+    shares = [plan.share(rank, processes, batch_size, drop_last) for rank in range(processes)]
+    starts = [0] * processes
+    shown = images - images % batch_size if drop_last else images
+    for first in range(0, shown, batch_size):
+        batch = slice(first, min(first + batch_size, shown))
+        # what a loader takes of each: the next per_process rows
+        parts = [slice(start, start + per_process) for start in starts]
+        starts = [part.stop for part in parts]
+        sizes = [len(share.order[part]) for share, part in zip(shares, parts, strict=True)]
+        assert max(sizes) - min(sizes) <= 1
+        assert sizes == sorted(sizes, reverse=True)
+        for name, column in vars(plan).items():
+            joined = [getattr(share, name)[part] for share, part in zip(shares, parts, strict=True)]
+            np.testing.assert_array_equal(np.concatenate(joined), column[batch])
+    assert sum(map(len, shares)) == shown

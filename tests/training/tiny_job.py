@@ -1,0 +1,36 @@
+"""fastres.train with the tiny model in vgg11's place, for torchrun, and with a fault where FAULT asks for one.
+
+``FAULT="1 12 SIGKILL self"``: at its 12th step, on the first start of the job, rank 1 sends SIGKILL to itself;
+"torchrun" instead of "self" sends it to the process that started the job.
+"""
+
+import os
+import signal
+import sys
+
+from fastres import train
+from fastres.models import MODELS
+from fastres.training.trainer import Trainer
+from tests.conftest import tiny_model
+
+
+def arrange(rank: str, step: str, name: str, target: str) -> None:
+    if os.environ["RANK"] != rank or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+        return
+    take_step, taken = Trainer._step, 0
+
+    def faulty_step(*args):
+        nonlocal taken
+        taken += 1
+        if taken == int(step):
+            os.kill(os.getpid() if target == "self" else os.getppid(), signal.Signals[name])
+        return take_step(*args)
+
+    Trainer._step = faulty_step
+
+
+if __name__ == "__main__":
+    MODELS["vgg11"] = tiny_model
+    if "FAULT" in os.environ:
+        arrange(*os.environ["FAULT"].split())
+    sys.exit(train.main())
