@@ -1,18 +1,18 @@
 """python -m fastres.train: trains a model, or evaluates a run's best weights again."""
 
-import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, over_recipe
-from fastres.data.datasets import Dataset, load_dataset
+from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, over_recipe, read_json
+from fastres.data.datasets import Dataset, Track, load_dataset
 from fastres.errors import Interrupted, UserError
 from fastres.report.plots import plot_curves
 from fastres.report.tables import summary_table
@@ -21,7 +21,10 @@ from fastres.training.memory import keep_freed_memory
 from fastres.training.run import Row, Run, resolve
 
 # what may differ between a checkpoint and the run that goes on from it
-RESUMABLE = {"data_dir", "device", "loader", "workers", "compile", "epochs", "checkpoint_every", "checkpoint_minutes"}
+RESUMABLE = {
+    "data_dir", "device", "loader", "workers", "compile", "epochs", "eval_batch_size",
+    "checkpoint_every", "checkpoint_minutes", "checkpoint_steps",
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +54,7 @@ def train(given: dict[str, Any], resume: Path | None, console: Console) -> dict[
     ``resume`` names, and returns the summary."""
     run = prepare(given, resume, console)
     config = run.config
-    with progress_bar(console, len(run.train_loader)) as progress:
+    with progress_bar(console) as progress:
 
         def on_epoch(row: Row) -> None:
             progress.console.print(epoch_line(row, config.epochs))
@@ -75,18 +78,18 @@ def prepare(given: dict[str, Any], resume: Path | None, console: Console) -> Run
         settings = resumed_settings(checkpoint["config"], given, resume)
     else:
         settings = over_recipe(given)
-    config, dataset = configure(settings, console)
+    config, dataset = configure(settings, console, partial(load_dataset, track=tracked(console)))
     if config.device == "cpu":
         keep_freed_memory()
     return Run(config, dataset, checkpoint)
 
 
 def configure(
-    settings: dict[str, Any], console: Console, load: Callable[..., tuple[Dataset, str]] = load_dataset
+    settings: dict[str, Any], console: Console, load: Callable[..., tuple[Dataset, str]]
 ) -> tuple[TrainConfig, Dataset]:
     """``settings`` with nothing left to choose, and the dataset that they name, which ``load`` reads."""
     requested = TrainConfig(**settings)  # checks the values before a dataset is read
-    dataset, line = load(requested.dataset, requested.data_dir, requested.classes)
+    dataset, line = load(requested.dataset, requested.data_dir, requested.classes, requested.skip_bad_images)
     console.print(f"dataset: {line}")
     if requested.train_fraction < 1:
         dataset = dataset.sample(requested.train_fraction, requested.seed)
@@ -115,9 +118,9 @@ def signals_noted() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def resumed_settings(saved: dict[str, Any], given: dict[str, Any], resume: Path) -> dict[str, Any]:
+def resumed_settings(saved: Any, given: dict[str, Any], resume: Path) -> dict[str, Any]:
     """The settings of a checkpoint, with those ``given`` that may change in the middle of a run."""
-    config = TrainConfig.from_json(saved)
+    config = TrainConfig.from_json(saved, f"--resume {resume}")
     for name, value in given.items():
         if name not in RESUMABLE and value != getattr(config, name):
             flag = "--" + name.replace("_", "-")
@@ -129,21 +132,34 @@ def resumed_settings(saved: dict[str, Any], given: dict[str, Any], resume: Path)
 def evaluate_run(folder: Path, given: dict[str, Any], console: Console) -> None:
     """Prints the test loss and accuracy of the best weights in ``folder`` beside those that the run recorded."""
     try:
-        saved = json.loads((folder / "config.json").read_text())
-        summary = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError) as error:
+        saved = TrainConfig.from_json(read_json(folder / "config.json"), "config.json")
+        summary = read_json(folder / "summary.json")
+        recorded = float(summary["test_loss"]), float(summary["best_accuracy"])
+    except (UserError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--eval {folder}: not the folder of a finished run ({error})") from error
-    config = TrainConfig(**{**vars(TrainConfig.from_json(saved)), **given})
-    dataset, line = load_dataset(config.dataset, config.data_dir, config.classes)
+    config = TrainConfig(**{**vars(saved), **given})
+    dataset, line = load_dataset(
+        config.dataset, config.data_dir, config.classes, config.skip_bad_images, tracked(console)
+    )
     console.print(f"dataset: {line}")
     config, line = resolve(config, dataset)
     console.print(line)
     evaluation = Run(config, dataset).evaluate_best()
-    console.print(f"test loss     {evaluation.loss:.6f}   recorded {summary['test_loss']:.6f}")
-    console.print(f"test accuracy {evaluation.accuracy:.2f} %   recorded {summary['best_accuracy']:.2f} %")
+    console.print(f"test loss     {evaluation.loss:.6f}   recorded {recorded[0]:.6f}")
+    console.print(f"test accuracy {evaluation.accuracy:.2f} %   recorded {recorded[1]:.2f} %")
 
 
-def progress_bar(console: Console, steps: int) -> Progress:
+def tracked(console: Console) -> Track:
+    """Shows how many images have been checked."""
+
+    def track(items: Iterable[Any], total: int) -> Iterator[Any]:
+        with progress_bar(console) as progress:
+            yield from progress.track(items, total, description="checking images")
+
+    return track
+
+
+def progress_bar(console: Console) -> Progress:
     """Live on a terminal; silent elsewhere, where the line of each epoch is enough."""
     return Progress(
         TextColumn("{task.description}"),

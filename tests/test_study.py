@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from fastres import study
-from fastres.config import TrainConfig
-from fastres.studies import RESERVED, TOML_TYPES, list_studies, load_study
+from fastres.config import SETTING_TYPES, TrainConfig
+from fastres.studies import RESERVED, list_studies, load_study
 from tests.conftest import CommandLine
 
 TINY = """
@@ -220,4 +220,4 @@ def test_an_unknown_study(command_line):
 
 def test_a_file_can_set_every_flag_but_the_reserved():
     hints = get_type_hints(TrainConfig)
-    assert {name for name, kind in hints.items() if kind not in TOML_TYPES} <= set(RESERVED)
+    assert {name for name, kind in hints.items() if kind not in SETTING_TYPES} <= set(RESERVED)

@@ -142,13 +142,16 @@ class Run:
     def _train(self, epoch: Epoch, on_step: Callable[[], None], signalled: Callable[[], int]) -> None:
         """Trains on the rest of ``epoch``, saving within it as asked."""
         saved = time.monotonic()
+        every = self.config.checkpoint_steps
 
         def after_step() -> None:
             nonlocal saved
             on_step()
             signal_number = signalled()
             minutes = (time.monotonic() - saved) / 60
-            if signal_number or 0 < self.config.checkpoint_minutes <= minutes:
+            step = epoch.number * len(self.train_loader) + epoch.steps
+            due = 0 < self.config.checkpoint_minutes <= minutes or (every and step % every == 0)
+            if signal_number or due:
                 self.trainer.synchronize()
                 self._check(epoch)
                 self._save(epoch)
@@ -214,6 +217,7 @@ class Run:
             "num_classes": len(self.dataset.classes),
             "train_images": len(self.dataset.train),
             "test_images": len(self.dataset.test),
+            "skipped_images": self.dataset.skipped_images,
             "params_millions": sum(parameter.numel() for parameter in self.trainer.model.parameters()) / 1e6,
             "epochs": len(self.history),
             "best_selected_on": "validation" if self.validation_loader else "test",

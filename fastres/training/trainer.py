@@ -1,7 +1,8 @@
 """The training loop: one step, one epoch, one evaluation. It knows nothing of studies, plots or files."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,9 +13,23 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from fastres.config import TrainConfig
 from fastres.data import Loader
+from fastres.errors import RunError
 from fastres.training.schedule import lr_factor
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+CPU_OUT_OF_MEMORY = "can't allocate memory"  # in torch's RuntimeError, which is of no type of its own
+
+
+@contextmanager
+def enough_memory(flag: str, size: int) -> Iterator[None]:
+    """Turns running out of memory into RunError, with what to take in place of ``size``, the value of ``flag``."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and CPU_OUT_OF_MEMORY not in str(error):
+            raise
+        mend = f"try {flag} {size // 2}" if size > 1 else "take a smaller --model"
+        raise RunError(f"{flag} {size}: out of memory; {mend}") from error
 
 
 @dataclass
@@ -86,6 +101,7 @@ class Trainer:
         self, model: nn.Module, config: TrainConfig, device: torch.device, num_classes: int, steps_per_epoch: int
     ) -> None:
         self.config, self.device, self.num_classes = config, device, num_classes
+        self.steps_per_epoch = steps_per_epoch
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device).to(memory_format=self.memory_format)
         self.forward = torch.compile(self.model, dynamic=False) if config.compile else self.model
@@ -117,17 +133,22 @@ class Trainer:
         start = time.perf_counter()
         state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            for training, size in ((True, self.config.batch_size), (False, self.config.eval_batch_size)):
-                images, labels = self._to_device(torch.randn(size, 3, 32, 32), torch.zeros(size, dtype=torch.int64))
-                self.model.train(training)
-                with torch.set_grad_enabled(training), self._autocast():
-                    loss = F.cross_entropy(self.forward(images), labels)
-                if training:
-                    loss.backward()
+            with enough_memory("--batch-size", self.config.batch_size):
+                self._warm_up(self.config.batch_size, training=True)
+            with enough_memory("--eval-batch-size", self.config.eval_batch_size):
+                self._warm_up(self.config.eval_batch_size, training=False)
         self.optimizer.zero_grad(set_to_none=True)
         self.model.load_state_dict(state)
         self.synchronize()
         return time.perf_counter() - start
+
+    def _warm_up(self, size: int, training: bool) -> None:
+        images, labels = self._to_device(torch.randn(size, 3, 32, 32), torch.zeros(size, dtype=torch.int64))
+        self.model.train(training)
+        with torch.set_grad_enabled(training), self._autocast():
+            loss = F.cross_entropy(self.forward(images), labels)
+        if training:
+            loss.backward()
 
     def train_epoch(self, loader: Loader, epoch: Epoch, after_step: Callable[[], None] = lambda: None) -> None:
         """Trains on the rest of ``epoch``, bringing it up to date, and calls ``after_step`` after each step.
@@ -140,9 +161,10 @@ class Trainer:
         start = asked = time.perf_counter()
         for images, labels in loader.epoch(epoch.number, epoch.steps):
             epoch.data_wait_seconds += time.perf_counter() - asked
-            images, labels = self._to_device(images, labels)
             epoch.lr = self.optimizer.param_groups[0]["lr"]
-            loss, logits = self._step(images, labels)
+            with enough_memory("--batch-size", self.config.batch_size):
+                images, labels = self._to_device(images, labels)
+                loss, logits = self._step(images, labels)
             epoch.loss_sum += loss * len(labels)
             epoch.finite_steps += epoch.loss_sum.isfinite()
             epoch.correct += (logits.argmax(1) == labels).sum()
@@ -172,8 +194,8 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         confusion = MulticlassConfusionMatrix(self.num_classes, validate_args=False).to(self.device)
         for images, labels in loader.epoch(epoch):
-            images, labels = self._to_device(images, labels)
-            with self._autocast():
+            with enough_memory("--eval-batch-size", self.config.eval_batch_size), self._autocast():
+                images, labels = self._to_device(images, labels)
                 logits = self.forward(images).float()
             loss_sum += F.cross_entropy(logits, labels, reduction="sum")
             confusion.update(logits, labels)
