@@ -1,5 +1,6 @@
 """A run's folder, and that a run which was interrupted ends as if it had not been."""
 
+import gc
 import itertools
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -438,3 +440,26 @@ def test_a_checkpoint_of_another_training_set(saved_within_an_epoch, arrays, tmp
     smaller = replace(arrays, train=arrays.train.take(np.arange(40)))
     with pytest.raises(UserError, match="it is at step 5 instead of 4: was the training set another"):
         start(smaller, tmp_path / "run", saved_within_an_epoch)
+
+
+def in_use():
+    """MiB of resident memory, open files and threads of this process."""
+    gc.collect()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) / 2**10, len(os.listdir("/proc/self/fd")), int(status["Threads"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("loader", ["dali", "eager"])
+def test_a_long_run_keeps_nothing(loader, arrays, tmp_path):
+    dataset = replace(arrays, train=arrays.train.take(np.arange(8)), test=arrays.test.take(np.arange(4)))
+    settings = {"loader": loader, "workers": 1, "epochs": 200, "batch_size": 4, "eval_batch_size": 4}
+    used = {}
+
+    def on_epoch(row):
+        if row["epoch"] in (20, 200):
+            used[row["epoch"]] = in_use()
+
+    start(dataset, tmp_path / "run", **settings).fit(on_epoch=on_epoch)
+    assert used[200][0] - used[20][0] < 8  # MiB, for the allocator's freedom; each epoch's row takes 1 KiB
+    assert used[200][1:] == used[20][1:]
