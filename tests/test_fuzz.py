@@ -208,7 +208,7 @@ def test_bytes_of_a_checkpoint(stopped, data):
 @given(st.data())
 def test_content_of_a_checkpoint(stopped, data):
     folder, _, state = stopped
-    part = data.draw(st.sampled_from(sorted(state)))
+    part = data.draw(st.sampled_from([*sorted(state), "config", "config", "history"]))
     path = data.draw(st.sampled_from([path for path in places(state) if path[:1] == (part,)]))
     change = data.draw(st.sampled_from([REMOVED, *PLAIN, *TENSORS]))
     assume(path != ("config", "compile") or change is not True)  # valid, and takes a minute
@@ -266,13 +266,16 @@ def test_best_weights(folders, data):
     try:
         if data.draw(st.booleans()):
             path.write_bytes(data.draw(damaged(content)))
-        else:
-            name = data.draw(st.sampled_from(sorted(state)))
+            if one_line_or_success("--eval", folders / "finished"):
+                torch.testing.assert_close(load_file(path), state, rtol=0, atol=0)
+        else:  # from elsewhere, without a checksum; numbers of another type are converted
+            name = data.draw(
+                st.sampled_from([name for name in state if "num_batches" not in name])
+            )  # torch may lack it
             change = data.draw(st.sampled_from([REMOVED, *TENSORS]))
             save_file(changed(state, (name,), change), path)
-        if one_line_or_success("--eval", folders / "finished"):
-            # what has no checksum may be of another type, which is converted
-            assert all(tensor.shape == state[name].shape for name, tensor in load_file(path).items())
+            fits = change is not REMOVED and change.shape == state[name].shape
+            assert one_line_or_success("--eval", folders / "finished") == fits
     finally:
         path.write_bytes(content)
 
@@ -403,7 +406,7 @@ def test_study_files(arrays, tmp_path, monkeypatch, data):
     else:
         tokens = re.split(r"([\w.-]+)", TINY)
         for _ in range(data.draw(st.integers(1, 3))):
-            tokens[data.draw(st.integers(0, len(tokens) - 1))] = data.draw(st.sampled_from(WORDS))
+            tokens[data.draw(st.integers(1, len(tokens) // 2)) * 2 - 1] = data.draw(st.sampled_from(WORDS))
         path.write_text("".join(tokens))
     with one_line():
         definition = load_study(str(path))

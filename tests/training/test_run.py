@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -323,6 +324,23 @@ def test_what_is_no_checkpoint(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"--resume .*last.pt: not a checkpoint"):
         read_checkpoint(path)
+
+
+def test_a_compressed_checkpoint_is_refused(finished):
+    """Since torch.save compresses nothing, a file that is larger inside than outside can only mean to fill memory."""
+    run, _ = finished
+    path = run.folder / "last.pt"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        if compression == zipfile.ZIP_STORED:
+            read_checkpoint(path)
+        else:
+            with pytest.raises(UserError, match="not a checkpoint"):
+                read_checkpoint(path)
 
 
 def test_a_damaged_checkpoint_is_refused_or_read_as_it_was(finished):
