@@ -154,7 +154,7 @@ def test_mini_cifar10_from_files_takes_its_three_classes(arrays, tmp_path):
 
     overrides = {"dataset": "folder", "data_dir": tmp_path, "batch_size": 20}
     study.plan_run(load_study("architecture").runs[0], 0, study.StudyConfig(), overrides, tmp_path, load)
-    assert asked == [("folder", tmp_path, ("airplane", "automobile", "bird"))]
+    assert asked == [("folder", tmp_path, ("airplane", "automobile", "bird"), False)]
 
 
 def one_line(command_line, *arguments):
