@@ -3,6 +3,8 @@
 import argparse
 import difflib
 import json
+import math
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,6 +21,9 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 def flag(group: str, help: str, default: Any, choices: Sequence[str] | None = None) -> Any:
     """A field that is also a command-line flag of that group."""
     return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+
+
+MANY = 2**31 - 1  # of anything; beyond, libraries overflow
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class TrainConfig:
         "Data", "where CIFAR is or will be downloaded; for folder: holds train/<class>/ and test/<class>/", Path("data")
     )
     classes: tuple[str, ...] = flag("Data", "comma-separated subset of the classes; none: all of them", ())
+    skip_bad_images: bool = flag("Data", "folder: leave out files that are not readable as images", False)
     augmentation: str = flag("Data", "augmentation of training images; digits: none", "crop-flip", tuple(AUGMENTATIONS))
     train_fraction: float = flag("Data", "part of the training set to train on, drawn from the seed", 1.0)
     val_fraction: float = flag(
@@ -92,17 +98,22 @@ class TrainConfig:
     output_dir: Path | None = flag("Output", "folder of the run; auto: runs/MODEL-DATASET-TIME", None)
     checkpoint_every: int = flag("Output", "epochs between checkpoints", 1)
     checkpoint_minutes: float = flag("Output", "minutes between checkpoints within an epoch; 0: none", 0.0)
+    checkpoint_steps: int = flag("Output", "steps between checkpoints, within epochs, too; 0: none", 0)
 
     def __post_init__(self) -> None:
         for condition, message in (
-            (self.epochs >= 1, f"--epochs {self.epochs}: must be at least 1"),
+            (1 <= self.epochs <= MANY, f"--epochs {self.epochs}: must be at least 1, and no more than {MANY:,}"),
             (self.batch_size >= 1, f"--batch-size {self.batch_size}: must be at least 1"),
-            (self.eval_batch_size >= 1, f"--eval-batch-size {self.eval_batch_size}: must be at least 1"),
-            (self.workers >= 1, f"--workers {self.workers}: must be at least 1"),
+            (
+                1 <= self.eval_batch_size <= MANY,
+                f"--eval-batch-size {self.eval_batch_size}: must be at least 1, and no more than {MANY:,}",
+            ),
+            (1 <= self.workers <= 1024, f"--workers {self.workers}: must be at least 1, and no more than 1,024"),
             (self.checkpoint_every >= 1, f"--checkpoint-every {self.checkpoint_every}: must be at least 1"),
             (self.checkpoint_minutes >= 0, f"--checkpoint-minutes {self.checkpoint_minutes}: must not be negative"),
+            (self.checkpoint_steps >= 0, f"--checkpoint-steps {self.checkpoint_steps}: must not be negative"),
             (self.fused or not self.sync_bn, "--sync-bn: is made of the fused operator; leave --no-fused off"),
-            (self.seed >= 0, f"--seed {self.seed}: must not be negative"),
+            (0 <= self.seed < 2**63, f"--seed {self.seed}: must not be negative, and less than 2^63"),
             (self.lr > 0, f"--lr {self.lr}: must be positive"),
             (0 <= self.momentum < 1, f"--momentum {self.momentum}: must be in [0, 1)"),
             (self.momentum > 0 or not self.nesterov, "--nesterov: needs a --momentum above 0; add --no-nesterov"),
@@ -119,7 +130,7 @@ class TrainConfig:
                 "--schedule multistep: needs --milestones, for instance --milestones 50,75",
             ),
             (
-                list(self.milestones) == sorted(set(self.milestones)),
+                list(self.milestones) == sorted({epoch for epoch in self.milestones if 0 < epoch <= MANY}),
                 "--milestones: must be increasing epochs, for instance --milestones 50,75",
             ),
         ):
@@ -131,16 +142,67 @@ class TrainConfig:
         return json.loads(json.dumps(asdict(self), default=str))
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """The settings that ``to_json`` gave. Raises TypeError for a name that is no setting."""
-        restore = {Path: Path, Path | None: Path, tuple[str, ...]: tuple, tuple[int, ...]: tuple}
-        hints = get_type_hints(cls)
-        return cls(
-            **{
-                name: restore[hints[name]](value) if hints.get(name) in restore and value is not None else value
-                for name, value in values.items()
-            }
-        )
+    def from_json(cls, values: Any, source: object) -> "TrainConfig":
+        """The settings that ``to_json`` gave. Raises UserError, naming ``source``, for whatever else ``values`` are."""
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: holds no settings")
+        unknown = values.keys() - vars(cls())
+        if unknown:
+            raise UserError(
+                f"{source}: unknown setting {min(map(repr, unknown))}; is it of another version of fastres?"
+            )
+        settings = {name: read_setting(name, value, f"{source}: ") for name, value in values.items()}
+        try:
+            return cls(**settings)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+
+
+SETTING_TYPES: dict[Any, tuple[str, Any]] = {  # what TOML or JSON must hold for a setting, and how to convert that
+    str: ("a string", str),
+    int: ("an integer", int),
+    float: ("a number", float),
+    bool: ("true or false", bool),
+    bool | None: ("true or false", bool),
+    Path: ("a string", Path),
+    Path | None: ("a string", Path),
+    tuple[str, ...]: ("a list of strings", tuple),
+    tuple[int, ...]: ("a list of integers", tuple),
+}
+
+
+def read_setting(name: str, value: Any, where: str) -> Any:
+    """The setting ``name`` of TrainConfig from its ``value`` in TOML or JSON.
+
+    Raises UserError, which begins with ``where``, for a value of another type and for what is none of its choices.
+    """
+    kind = get_type_hints(TrainConfig)[name]
+    wanted, convert = SETTING_TYPES[kind]
+    if not is_a(value, kind):
+        raise UserError(f"{where}{name}: must be {wanted}, not {reprlib.repr(value)}")
+    choices = TrainConfig.__dataclass_fields__[name].metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"{where}{name}: no choice {reprlib.repr(value)}; there are {', '.join(choices)}")
+    return None if value is None else convert(value)
+
+
+def is_a(value: Any, kind: Any) -> bool:
+    """Whether ``value``, as TOML or JSON has it, is of the type ``kind`` of a setting. An integer is a number, too."""
+    if kind in (tuple[str, ...], tuple[int, ...]):
+        return isinstance(value, list) and all(is_a(item, kind.__args__[0]) for item in value)
+    if isinstance(value, bool):
+        return kind in (bool, bool | None)
+    if kind is float:
+        return isinstance(value, int | float) and -math.inf < value < math.inf
+    return isinstance(value, {Path: str, Path | None: str | None}.get(kind, kind))
+
+
+def read_json(path: Path) -> Any:
+    """What the file holds. Raises UserError where it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
 
 
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastres.config import Parser, TrainConfig, add_flags, flag, over_recipe
+from fastres.config import Parser, TrainConfig, add_flags, flag, over_recipe, read_json
 from fastres.data.datasets import MINI_CIFAR10_CLASSES, Dataset, load_dataset
 from fastres.errors import Interrupted, UserError
 from fastres.models import create_model
@@ -213,11 +213,9 @@ def prepare_folder(folder: Path, planned: list[PlannedRun], resume: bool) -> Non
         raise UserError(f"--resume: {folder} holds no study; leave --resume off, or name its folder with --output-dir")
     for run in started:
         try:
-            saved = TrainConfig.from_json(json.loads((run.folder / "config.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{run.folder / 'config.json'}: not readable ({error}); remove that run's folder"
-            ) from error
+            saved = TrainConfig.from_json(read_json(run.folder / "config.json"), run.folder / "config.json")
+        except UserError as error:
+            raise UserError(f"{error}; remove that run's folder") from error
         for name, value in vars(run.config).items():
             if value != getattr(saved, name) and name not in RESUMABLE - {"epochs"} | {"output_dir"}:
                 raise UserError(

@@ -1,18 +1,18 @@
 """python -m fastres.train: trains a model, or evaluates a run's best weights again."""
 
-import json
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, over_recipe
-from fastres.data.datasets import Dataset, load_dataset
+from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, over_recipe, read_json
+from fastres.data.datasets import Dataset, Track, load_dataset
 from fastres.errors import Interrupted, UserError
 from fastres.report.plots import plot_curves
 from fastres.report.tables import summary_table
@@ -23,8 +23,8 @@ from fastres.training.run import Row, Run, resolve
 
 # what may differ between a checkpoint and the run that goes on from it
 RESUMABLE = {
-    "data_dir", "device", "loader", "workers", "compile", "compile_mode", "epochs", "checkpoint_every",
-    "checkpoint_minutes",
+    "data_dir", "device", "loader", "workers", "compile", "compile_mode", "epochs", "eval_batch_size",
+    "checkpoint_every", "checkpoint_minutes", "checkpoint_steps",
 }  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def train(given: dict[str, Any], resume: Path | None, console: Console) -> dict[
     ``resume`` names, and returns the summary."""
     run = prepare(given, resume, console)
     config = run.config
-    with progress_bar(console, len(run.train_loader)) as progress:
+    with progress_bar(console) as progress:
 
         def on_epoch(row: Row) -> None:
             progress.console.print(epoch_line(row, config.epochs))
@@ -91,13 +91,14 @@ def choose(
     given: dict[str, Any], resume: Path | None, console: Console
 ) -> tuple[TrainConfig, Dataset, dict[str, Any] | None]:
     """What ``prepare`` makes a run of: settings, dataset, and the checkpoint that it goes on from, if any."""
+    load = partial(load_dataset, track=tracked(console))
     if resume:
         checkpoint = read_checkpoint(resume)
-        return *configure(resumed_settings(checkpoint["config"], given, resume), console), checkpoint
+        return *configure(resumed_settings(checkpoint["config"], given, resume), console, load), checkpoint
     restart, most_restarts = distributed.restarts()
     if most_restarts and "output_dir" not in given:
         raise UserError("--output-dir: needed with torchrun's --max-restarts, so that a restart finds its run")
-    config, dataset = configure(over_recipe(given), console)
+    config, dataset = configure(over_recipe(given), console, load)
     assert config.output_dir is not None
     if not restart or not (config.output_dir / "last.pt").exists():
         return config, dataset, None
@@ -108,11 +109,11 @@ def choose(
 
 
 def configure(
-    settings: dict[str, Any], console: Console, load: Callable[..., tuple[Dataset, str]] = load_dataset
+    settings: dict[str, Any], console: Console, load: Callable[..., tuple[Dataset, str]]
 ) -> tuple[TrainConfig, Dataset]:
     """``settings`` with nothing left to choose, and the dataset that they name, which ``load`` reads."""
     requested = TrainConfig(**settings)  # checks the values before a dataset is read
-    dataset, line = load(requested.dataset, requested.data_dir, requested.classes)
+    dataset, line = load(requested.dataset, requested.data_dir, requested.classes, requested.skip_bad_images)
     console.print(f"dataset: {line}")
     if requested.train_fraction < 1:
         dataset = dataset.sample(requested.train_fraction, requested.seed)
@@ -142,9 +143,9 @@ def signals_noted() -> Iterator[Callable[[], int]]:
                 signal.signal(number, handler)
 
 
-def resumed_settings(saved: dict[str, Any], given: dict[str, Any], resume: Path) -> dict[str, Any]:
+def resumed_settings(saved: Any, given: dict[str, Any], resume: Path) -> dict[str, Any]:
     """The settings of a checkpoint, with those ``given`` that may change in the middle of a run."""
-    config = TrainConfig.from_json(saved)
+    config = TrainConfig.from_json(saved, f"--resume {resume}")
     for name, value in given.items():
         if name not in RESUMABLE and value != getattr(config, name):
             flag = "--" + name.replace("_", "-")
@@ -155,28 +156,44 @@ def resumed_settings(saved: dict[str, Any], given: dict[str, Any], resume: Path)
 
 def evaluate_run(folder: Path, given: dict[str, Any], console: Console) -> None:
     """Prints the test loss and accuracy of the best weights in ``folder`` beside those that the run recorded."""
-    config, dataset, summary = distributed.from_rank_0(lambda: finished_run(folder, given, console))
+    config, dataset, (loss, accuracy) = distributed.from_rank_0(lambda: finished_run(folder, given, console))
     evaluation = Run(config, dataset).evaluate_best()
-    console.print(f"test loss     {evaluation.loss:.6f}   recorded {summary['test_loss']:.6f}")
-    console.print(f"test accuracy {evaluation.accuracy:.2f} %   recorded {summary['best_accuracy']:.2f} %")
+    console.print(f"test loss     {evaluation.loss:.6f}   recorded {loss:.6f}")
+    console.print(f"test accuracy {evaluation.accuracy:.2f} %   recorded {accuracy:.2f} %")
 
 
-def finished_run(folder: Path, given: dict[str, Any], console: Console) -> tuple[TrainConfig, Dataset, dict[str, Any]]:
-    """Settings, dataset and summary of the run in ``folder``. Raises UserError where it did not end there."""
+def finished_run(
+    folder: Path, given: dict[str, Any], console: Console
+) -> tuple[TrainConfig, Dataset, tuple[float, float]]:
+    """Settings, dataset, and test loss and accuracy of the run in ``folder``. Raises UserError where it did not end
+    there."""
     try:
-        saved = json.loads((folder / "config.json").read_text())
-        summary = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError) as error:
+        saved = TrainConfig.from_json(read_json(folder / "config.json"), "config.json")
+        summary = read_json(folder / "summary.json")
+        recorded = float(summary["test_loss"]), float(summary["best_accuracy"])
+    except (UserError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--eval {folder}: not the folder of a finished run ({error})") from error
-    config = TrainConfig(**{**vars(TrainConfig.from_json(saved)), **given})
-    dataset, line = load_dataset(config.dataset, config.data_dir, config.classes)
+    config = TrainConfig(**{**vars(saved), **given})
+    dataset, line = load_dataset(
+        config.dataset, config.data_dir, config.classes, config.skip_bad_images, tracked(console)
+    )
     console.print(f"dataset: {line}")
     config, line = resolve(config, dataset)
     console.print(line)
-    return config, dataset, summary
+    return config, dataset, recorded
 
 
-def progress_bar(console: Console, steps: int) -> Progress:
+def tracked(console: Console) -> Track:
+    """Shows how many images have been checked."""
+
+    def track(items: Iterable[Any], total: int) -> Iterator[Any]:
+        with progress_bar(console) as progress:
+            yield from progress.track(items, total, description="checking images")
+
+    return track
+
+
+def progress_bar(console: Console) -> Progress:
     """Live on a terminal; silent elsewhere, where the line of each epoch is enough."""
     return Progress(
         TextColumn("{task.description}"),

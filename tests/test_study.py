@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from fastres import study
-from fastres.config import TrainConfig
-from fastres.studies import RESERVED, TOML_TYPES, list_studies, load_study
+from fastres.config import SETTING_TYPES, TrainConfig
+from fastres.studies import RESERVED, list_studies, load_study
 from fastres.training.checkpoint import read_checkpoint
 from tests.conftest import CommandLine
 
@@ -170,7 +170,7 @@ def test_mini_cifar10_from_files_takes_its_three_classes(arrays, tmp_path):
 
     overrides = {"dataset": "folder", "data_dir": tmp_path, "batch_size": 20}
     study.plan_run(load_study("architecture").runs[0], 0, study.StudyConfig(), overrides, tmp_path, load)
-    assert asked == [("folder", tmp_path, ("airplane", "automobile", "bird"))]
+    assert asked == [("folder", tmp_path, ("airplane", "automobile", "bird"), False)]
 
 
 def one_line(command_line, *arguments):
@@ -236,4 +236,4 @@ def test_an_unknown_study(command_line):
 
 def test_a_file_can_set_every_flag_but_the_reserved():
     hints = get_type_hints(TrainConfig)
-    assert {name for name, kind in hints.items() if kind not in TOML_TYPES} <= set(RESERVED)
+    assert {name for name, kind in hints.items() if kind not in SETTING_TYPES} <= set(RESERVED)

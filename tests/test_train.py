@@ -1,12 +1,15 @@
 """The command line, on real files: what a run prints, and one clear line with exit code 2 for whatever is wrong."""
 
+import io
 import json
 import re
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastres.config import TrainConfig
+from fastres.train import tracked
 
 pytestmark = pytest.mark.usefixtures("tiny_vgg11")
 
@@ -98,12 +101,31 @@ def test_cuda_without_a_gpu(command_line, flags):
     [
         (lambda root: (root / "train").rename(root / "elsewhere"), "no folder train/"),
         (lambda root: [path.unlink() for path in (root / "train/dark").iterdir()], "train/dark: holds no .jpg or .png"),
-        (lambda root: (root / "test/dark/0000.jpg").write_bytes(b"no image"), "test/dark/0000.jpg: not a readable"),
+        (
+            lambda root: (root / "test/dark/0000.jpg").write_bytes(b"no image"),
+            "megapixels: test/dark/0000.jpg; replace",
+        ),
     ],
 )
 def test_bad_folders(damage, message, command_line, flags, image_folder):
     damage(image_folder)
     assert message in one_line(command_line, *flags)
+
+
+def test_bad_images_are_left_out_and_counted(command_line, flags, image_folder, tmp_path):
+    (image_folder / "test/dark/0000.jpg").write_bytes(b"no image")
+    assert command_line(*flags, "--skip-bad-images") == 0
+    assert "60 train, 19 test, 1 unreadable files left out)" in command_line.out
+    assert json.loads((tmp_path / "run/summary.json").read_text())["skipped_images"] == 1
+    assert command_line("--eval", tmp_path / "run") == 0
+
+
+def test_progress_of_the_check_is_shown_on_a_terminal_alone():
+    for terminal in (True, False):
+        written = io.StringIO()
+        track = tracked(Console(file=written, force_terminal=terminal))
+        assert list(track(iter("abc"), 3)) == ["a", "b", "c"]
+        assert ("checking images" in written.getvalue()) == terminal
 
 
 def test_wrong_checksum(command_line, tmp_path, monkeypatch):
@@ -133,4 +155,4 @@ def test_resume_of_another_model(command_line, flags, tmp_path):
 
 def test_config_survives_json():
     config = TrainConfig(milestones=(5, 7), classes=("a", "b"), schedule="multistep", compile=True)
-    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json())), "config.json") == config

@@ -6,12 +6,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
+from PIL import Image
 
-from fastres.data.datasets import IMAGE_SIZE, Split
+from fastres.data.datasets import IMAGE_SIZE, Split, decode_image
 from fastres.data.plan import CUTOUT_SIZE, EpochPlan
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-DECODE_BATCH = 512
+DECODE_BATCH, DECODE_BATCH_LARGE = 512, 16  # of 32x32 images; of images that may have many megapixels
 
 
 class DaliLoader:
@@ -163,23 +164,38 @@ class _PlannedBatches:
 
 
 def decode(split: Split, device: torch.device, workers: int) -> np.ndarray:
-    """The pixels of an encoded split, uint8 ``[N, 32, 32, 3]``; on CUDA the device does part of the work."""
-    pipeline = _pipeline(DECODE_BATCH, device, workers)
-    starts = range(0, len(split), DECODE_BATCH)
+    """The pixels of an encoded split, uint8 ``[N, 32, 32, 3]``; on CUDA the device does part of the work.
+
+    Pillow decodes a batch that DALI, which is stricter about damage, refuses.
+    """
+    pixels = np.empty((len(split), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    batch_size = DECODE_BATCH_LARGE if split.resize else DECODE_BATCH
+    batches = [slice(start, start + batch_size) for start in range(0, len(split), batch_size)]
+    pipeline: Pipeline | None = None
+    for i, batch in enumerate(batches):
+        pipeline = pipeline or _decoder(split, batches[i:], device, workers)
+        try:
+            (images,) = pipeline.run()
+            pixels[batch] = images.as_cpu().as_array()
+        except RuntimeError:
+            pipeline = None  # which the error has ended
+            images = (decode_image(file) for file in split.images[batch])
+            size = (IMAGE_SIZE, IMAGE_SIZE)
+            pixels[batch] = [np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in images]
+    return pixels
+
+
+def _decoder(split: Split, batches: list[slice], device: torch.device, workers: int) -> Pipeline:
+    """The pipeline that gives the images of ``batches``, which are all of one size, at most."""
+    pipeline = _pipeline(batches[0].stop - batches[0].start, device, workers)
     with pipeline:
-        files = fn.external_source(
-            source=(split.images[start : start + DECODE_BATCH] for start in starts), dtype=types.UINT8, ndim=1
-        )
+        files = fn.external_source(source=(split.images[batch] for batch in batches), dtype=types.UINT8, ndim=1)
         images = fn.decoders.image(files, device="mixed" if device.type == "cuda" else "cpu", output_type=types.RGB)
         if split.resize:
             images = fn.resize(images, size=[IMAGE_SIZE, IMAGE_SIZE], interp_type=types.INTERP_LINEAR)
         pipeline.set_outputs(images)
     pipeline.build()
-    pixels = np.empty((len(split), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    for start in starts:
-        (images,) = pipeline.run()
-        pixels[start : start + DECODE_BATCH] = images.as_cpu().as_array()
-    return pixels
+    return pipeline
 
 
 def _pipeline(batch_size: int, device: torch.device, workers: int) -> Pipeline:

@@ -1,26 +1,36 @@
 """What the images are: arrays or encoded files, with labels and class names. Nothing is drawn or augmented here."""
 
 import io
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fastres.errors import UserError
 
 IMAGE_SIZE = 32
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+MAX_PIXELS = 2**26  # of an encoded image: 192 MiB decoded, and far more than 32x32 needs
+FILES_AT_ONCE = 64  # that a thread reads before it hands them over: a small image takes no longer than that
+BAD_FILES_NAMED = 3
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
 MINI_CIFAR10_CLASSES = ("airplane", "automobile", "bird")
 DOWNLOAD_SECONDS = 20  # what `auto` grants a download, the start of its process included
+
+EncodedImage = tuple[np.ndarray, tuple[int, int]]  # a file's bytes, and the width and height of its image
+Track = Callable[[Iterable[Any], int], Iterable[Any]]  # gives on that many items, showing how many have come
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Two splits, the class names, and the per-channel mean and standard deviation that normalise pixels in [0, 1]."""
+    """Two splits, the class names, and the per-channel mean and standard deviation that normalise pixels in [0, 1].
+
+    skipped_images: how many files were left out because they are not readable.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -59,6 +72,7 @@ class Dataset:
     test: Split
     mean: tuple[float, float, float] = CIFAR10_MEAN
     std: tuple[float, float, float] = CIFAR10_STD
+    skipped_images: int = 0
 
     def subset(self, classes: Sequence[str]) -> "Dataset":
         """Only the images of ``classes``, relabelled in that order.
@@ -98,6 +112,10 @@ def _check_classes(classes: Sequence[str], source: object, known: Sequence[str])
         raise UserError(f"--classes: {source} has no {', '.join(unknown)}; it has {', '.join(known)}")
     if len(set(classes)) != len(classes):
         raise UserError("--classes: a class is named twice")
+
+
+def untracked(items: Iterable[Any], total: int) -> Iterable[Any]:
+    return items
 
 
 def digits() -> Dataset:
@@ -150,12 +168,15 @@ def cifar(name: str, data_dir: Path, download: bool = True) -> Dataset:
     return dataset.subset(MINI_CIFAR10_CLASSES) if name == "mini-cifar10" else dataset
 
 
-def folder(data_dir: Path, classes: Sequence[str] = ()) -> Dataset:
+def folder(
+    data_dir: Path, classes: Sequence[str] = (), skip_bad_images: bool = False, track: Track = untracked
+) -> Dataset:
     """Image files as ``DIR/train/<class>/*.jpg|png`` and ``DIR/test/<class>/*``, kept encoded.
 
-    Every file is decoded once here, so that a damaged one is named before training begins. ``classes`` are the only
-    ones read, if given. Raises UserError for a missing folder, an empty class, classes that differ between train and
-    test, unknown or repeated ``classes``, and files that don't decode.
+    Every file is decoded once here, so that the damaged ones are named before training begins, or left out with
+    ``skip_bad_images``. ``classes`` are the only ones read, if given. ``track`` is given the files as they are read.
+    Raises UserError for a missing folder, an empty class, classes that differ between train and test, unknown or
+    repeated ``classes``, and files that don't decode or have more than ``MAX_PIXELS``.
     """
     for part in ("train", "test"):
         if not (data_dir / part).is_dir():
@@ -170,35 +191,78 @@ def folder(data_dir: Path, classes: Sequence[str] = ()) -> Dataset:
         raise UserError(f"--data-dir {data_dir}: train/ holds no class folders; expected train/<class>/*.jpg or *.png")
     _check_classes(classes, data_dir, found)
     names = tuple(classes) or found
+    paths = {part: [_image_files(data_dir / part / name) for name in names] for part in ("train", "test")}
+    images = _read_images([path for part in paths.values() for files in part for path in files], track)
+    bad = [path.relative_to(data_dir) for path, image in images.items() if image is None]
+    if bad and not skip_bad_images:
+        listed = ", ".join(map(str, bad[:BAD_FILES_NAMED]))
+        more = f" and {len(bad) - BAD_FILES_NAMED:,} more" if len(bad) > BAD_FILES_NAMED else ""
+        raise UserError(
+            f"--data-dir {data_dir}: not readable as JPEG or PNG images of up to {MAX_PIXELS / 1e6:.0f} megapixels: "
+            f"{listed}{more}; replace or remove them, or add --skip-bad-images"
+        )
     return Dataset(
         name="folder",
         classes=names,
-        train=_read_folder(data_dir / "train", names),
-        test=_read_folder(data_dir / "test", names),
+        train=_encoded_split(paths["train"], images),
+        test=_encoded_split(paths["test"], images),
+        skipped_images=len(bad),
     )
 
 
-def _read_folder(root: Path, classes: Sequence[str]) -> Split:
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        files = sorted(path for path in (root / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise UserError(f"{root / name}: holds no .jpg or .png file; fill it or leave it out through --classes")
-        paths += files
-        labels += [label] * len(files)
-    with ThreadPoolExecutor() as pool:
-        images, sizes = zip(*pool.map(_read_image, paths, chunksize=64), strict=True)
-    return Split(list(images), np.array(labels), resize=set(sizes) != {(IMAGE_SIZE, IMAGE_SIZE)})
+def _image_files(root: Path) -> list[Path]:
+    files = sorted(path for path in root.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise UserError(f"{root}: holds no .jpg or .png file; fill it or leave it out through --classes")
+    return files
 
 
-def _read_image(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
-    content = path.read_bytes()
+def _read_images(paths: Sequence[Path], track: Track) -> dict[Path, EncodedImage | None]:
+    """The image files at ``paths``, None for those that no loader could decode."""
+    chunks = [paths[start : start + FILES_AT_ONCE] for start in range(0, len(paths), FILES_AT_ONCE)]
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        read = pool.map(lambda chunk: [_read_image(path) for path in chunk], chunks)
+        return dict(zip(paths, track(chain.from_iterable(read), len(paths)), strict=True))
+
+
+def _read_image(path: Path) -> EncodedImage | None:
     try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
-            image.load()
-            return np.frombuffer(content, np.uint8), image.size
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise UserError(f"{path}: not a readable JPEG or PNG image; replace or remove it") from error
+        content = np.frombuffer(path.read_bytes(), np.uint8)
+        return content, decode_image(content).size
+    except Exception:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        return None
+
+
+def decode_image(content: np.ndarray) -> Image.Image:
+    """The RGB image in the bytes of a JPEG or PNG file, turned as its EXIF says, as DALI decodes it.
+
+    Raises whatever Pillow's decoders raise, and ValueError for more than ``MAX_PIXELS``.
+    """
+    with Image.open(io.BytesIO(content.data), formats=("JPEG", "PNG")) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels")
+        for key in ("xmp", "XML:com.adobe.xmp", "transparency"):  # of which DALI takes no notice
+            image.info.pop(key, None)
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16-bit grey, which Pillow clips rather than scales
+            return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+        return image.convert("RGB")
+
+
+def _encoded_split(paths: Sequence[Sequence[Path]], images: dict[Path, EncodedImage | None]) -> Split:
+    """The readable ones of ``paths``, a list for each class."""
+    read: list[EncodedImage] = []
+    labels: list[int] = []
+    for label, files in enumerate(paths):
+        readable = [image for path in files if (image := images[path])]
+        if not readable:
+            raise UserError(
+                f"{files[0].parent}: none of its files is readable; replace them or leave it out through --classes"
+            )
+        read += readable
+        labels += [label] * len(readable)
+    contents, sizes = zip(*read, strict=True)
+    return Split(list(contents), np.array(labels), resize=set(sizes) != {(IMAGE_SIZE, IMAGE_SIZE)})
 
 
 def auto(data_dir: Path) -> tuple[Dataset, str]:
@@ -221,13 +285,20 @@ def auto(data_dir: Path) -> tuple[Dataset, str]:
 DATASETS = ("auto", "digits", "cifar10", "cifar100", "mini-cifar10", "folder")
 
 
-def load_dataset(name: str, data_dir: Path, classes: Sequence[str] = ()) -> tuple[Dataset, str]:
+def load_dataset(
+    name: str,
+    data_dir: Path,
+    classes: Sequence[str] = (),
+    skip_bad_images: bool = False,
+    track: Track = untracked,
+) -> tuple[Dataset, str]:
     """The dataset called ``name`` (one of ``DATASETS``), restricted to ``classes`` if any, and a line that says which.
 
-    Raises UserError for whatever is wrong with the name, the folder, the files or the classes.
+    ``skip_bad_images`` and ``track`` are as in ``folder``, and mean nothing to the others. Raises UserError for
+    whatever is wrong with the name, the folder, the files or the classes.
     """
     if name == "folder":
-        dataset = folder(data_dir, classes)
+        dataset = folder(data_dir, classes, skip_bad_images, track)
         note = f"folder {data_dir}"
     elif name == "auto":
         dataset, note = auto(data_dir)
@@ -240,4 +311,6 @@ def load_dataset(name: str, data_dir: Path, classes: Sequence[str] = ()) -> tupl
         raise UserError(f"--dataset {name}: unknown; there are {', '.join(DATASETS)}")
     if classes and name != "folder":  # which has read these alone
         dataset = dataset.subset(classes)
-    return dataset, f"{note} ({len(dataset.classes)} classes, {len(dataset.train):,} train, {len(dataset.test):,} test)"
+    skipped = f", {dataset.skipped_images:,} unreadable files left out" if dataset.skipped_images else ""
+    counts = f"{len(dataset.classes)} classes, {len(dataset.train):,} train, {len(dataset.test):,} test{skipped}"
+    return dataset, f"{note} ({counts})"

@@ -1,7 +1,6 @@
 """The eager baseline: torchvision transforms on one image at a time in a DataLoader, as the studies wrote it."""
 
 import gc
-import io
 import os
 from collections.abc import Callable, Iterator
 
@@ -10,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
-from fastres.data.datasets import IMAGE_SIZE, Split
+from fastres.data.datasets import IMAGE_SIZE, Split, decode_image
 from fastres.data.plan import CROP_PADDING, CUTOUT_SIZE, EpochPlan
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -86,7 +85,7 @@ class _PlannedImages(Dataset):
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         plan, index = self.plan, self.plan.order[i]
         pixels = self.split.images[index]
-        image = Image.open(io.BytesIO(pixels)).convert("RGB") if self.split.encoded else Image.fromarray(pixels)
+        image = decode_image(pixels) if self.split.encoded else Image.fromarray(pixels)
         if self.split.resize:
             image = F.resize(image, [IMAGE_SIZE, IMAGE_SIZE])
         if plan.crop is not None:

@@ -13,14 +13,13 @@ A file holds::
 """
 
 import difflib
-import math
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from fastres.config import TrainConfig
+from fastres.config import TrainConfig, is_a, read_setting
 from fastres.errors import UserError
 
 BUILT_IN = Path(__file__).parent
@@ -30,17 +29,6 @@ METRICS = (
 )  # fmt: skip
 EXPECTATIONS = ("grows", "stays positive")
 RESERVED = {"seed": "--seeds gives the seeds", "output_dir": "the study names the folders of its runs"}
-
-TOML_TYPES: dict[Any, tuple[str, Any]] = {  # of a setting: what a file must hold for it, and how to convert that
-    str: ("a string", str),
-    int: ("an integer", int),
-    float: ("a number", float),
-    bool: ("true or false", bool),
-    bool | None: ("true or false", bool),
-    Path: ("a string", Path),
-    tuple[str, ...]: ("a list of strings", tuple),
-    tuple[int, ...]: ("a list of integers", tuple),
-}
 
 
 @dataclass(frozen=True)
@@ -99,7 +87,7 @@ def load_study(name: str) -> Study:
         raise UserError(f"{name}: no such study; there are {', '.join(list_studies())}, or give a .toml file")
     try:
         content = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as TOML ({error})") from error
     return _Reader(path).study(content)
 
@@ -169,19 +157,11 @@ class _Reader:
     def flags(self, where: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of TrainConfig in ``values``, whose keys are flags without the two dashes in front."""
         settings = {key.replace("-", "_"): value for key, value in values.items()}
-        known = {item.name: item for item in fields(TrainConfig)}
-        self.check_keys(f"{where}.", settings, known)
-        hints = get_type_hints(TrainConfig)
+        self.check_keys(f"{where}.", settings, vars(TrainConfig()))
         for name, value in settings.items():
             if name in RESERVED:
                 raise UserError(f"{self.path}: {where}.{name}: leave it out; {RESERVED[name]}")
-            wanted, convert = TOML_TYPES[hints[name]]
-            if not is_a(value, hints[name]):
-                raise UserError(f"{self.path}: {where}.{name}: must be {wanted}, not {value!r}")
-            choices = known[name].metadata["choices"]
-            if choices and value not in choices:
-                raise UserError(f"{self.path}: {where}.{name}: no choice {value!r}; there are {', '.join(choices)}")
-            settings[name] = convert(value)
+            settings[name] = read_setting(name, value, f"{self.path}: {where}.")
         return settings
 
     def figure(self, value: dict[str, Any], names: Collection[str]) -> Figure:
@@ -241,14 +221,3 @@ class _Reader:
             if name not in known:
                 raise UserError(f"{self.path}: {where}: no run {name}; there are {', '.join(known)}")
         return names
-
-
-def is_a(value: Any, kind: Any) -> bool:
-    """Whether ``value``, as TOML has it, is of the type ``kind`` of a setting. An integer is a number, too."""
-    if kind in (tuple[str, ...], tuple[int, ...]):
-        return isinstance(value, list) and all(is_a(item, kind.__args__[0]) for item in value)
-    if kind in (bool, bool | None) or isinstance(value, bool):
-        return kind in (bool, bool | None) and isinstance(value, bool)
-    if kind is float:
-        return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(value, str if kind is Path else kind)

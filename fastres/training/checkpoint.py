@@ -2,20 +2,29 @@
 
 import os
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.optim.lr_scheduler import LambdaLR
 
 from fastres.errors import RunError, UserError
 from fastres.training import distributed
 from fastres.training.trainer import Epoch, Trainer
 
 FORMAT = "fastres checkpoint 2"
+PARTS = {"format", "config", "history", "epoch", "step", "model", "momentum", "scaler", "rng", "cuda_rng"}
+COLUMNS = (
+    "epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
+    "epoch_seconds", "images_per_second", "data_wait_seconds",
+)  # fmt: skip
+VALIDATION_COLUMNS = ("val_loss", "val_accuracy")
+RANDOM_STATES = ("rng", "cuda_rng")
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -37,52 +46,81 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def save_weights(model: torch.nn.Module, path: Path) -> None:
-    """The state dict as safetensors, contiguous."""
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, lambda temporary: save_file(state, temporary))
+    """The state dict as safetensors, contiguous, with a checksum in the metadata."""
+    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"crc32": checksum(state)}
+    write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Raises UserError where ``path`` is missing, no safetensors file, or of another model."""
+    """Raises UserError where ``path`` is missing, no safetensors file, damaged, or of another model."""
     try:
-        model.load_state_dict(load_file(path))
+        with safe_open(path, "pt") as file:
+            recorded = (file.metadata() or {}).get("crc32")  # files from elsewhere have none
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        damaged = recorded not in (None, checksum(state))
+        if not damaged:
+            model.load_state_dict(state)
     except Exception as error:  # safetensors and torch raise OSError, SafetensorError, RuntimeError, ...
         raise UserError(f"{path}: does not hold weights of this model ({_first_line(error)})") from error
+    if damaged:
+        raise UserError(f"{path}: damaged, its checksum is not the recorded one; take a copy of it, or train again")
+
+
+def checksum(state: dict[str, torch.Tensor]) -> str:
+    """CRC-32 of the bytes of all tensors, contiguous and on the CPU, in the order of their names."""
+    crc = 0
+    for name in sorted(state):
+        crc = zlib.crc32(state[name].reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def save_checkpoint(path: Path, trainer: Trainer, history: list[dict[str, Any]], epoch: Epoch | None = None) -> None:
     """Everything that the next step depends on: of ``epoch``, if the run is in the middle of one.
 
-    All processes of a job must call it, with the ``epoch`` of them all; rank 0 writes.
+    All processes of a job must call it, with the ``epoch`` of them all; rank 0 writes, also the others' random states.
     """
-    cuda = trainer.device.type == "cuda"
-    state = {
-        "format": FORMAT,
-        "config": trainer.config.to_json(),
-        "history": history,
-        "epoch": epoch and epoch.state_dict(),
-        "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "scheduler": trainer.scheduler.state_dict(),
-        "scaler": trainer.scaler.state_dict(),
-        "rng": distributed.gather(torch.get_rng_state()),
-        "cuda_rng": distributed.gather(torch.cuda.get_rng_state(trainer.device) if cuda else None),
-    }
+    state = snapshot(trainer, history, epoch)
+    state |= {part: distributed.gather(state[part]) for part in RANDOM_STATES}
     if distributed.rank() == 0:
         write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
+def snapshot(trainer: Trainer, history: list[dict[str, Any]], epoch: Epoch | None) -> dict[str, Any]:
+    """What ``save_checkpoint`` writes for a single process, whose random states it puts into lists."""
+    buffers = {
+        name: trainer.optimizer.state.get(p, {}).get("momentum_buffer") for name, p in trainer.model.named_parameters()
+    }
+    return {
+        "format": FORMAT,
+        "config": trainer.config.to_json(),
+        "history": history,
+        "epoch": epoch and epoch.state_dict(),
+        "step": trainer.scheduler.last_epoch,
+        "model": trainer.model.state_dict(),
+        "momentum": {name: buffer for name, buffer in buffers.items() if buffer is not None},
+        "scaler": trainer.scaler.state_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(trainer.device) if trainer.device.type == "cuda" else None,
+    }
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What ``save_checkpoint`` wrote at ``path``, or in the folder ``path``. Raises UserError for anything else."""
+    """What ``save_checkpoint`` wrote at ``path``, or in the folder ``path``; ``restore`` looks into it.
+
+    Raises UserError for anything else.
+    """
     if path.is_dir():
         path = path / "last.pt"
     if not path.is_file():
         raise UserError(f"--resume {path}: no such file; give a run's folder or its last.pt")
     try:
         with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise ValueError("torch.save does not compress")
             damaged = archive.testzip()  # torch.load does not compare the checksums
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if damaged is None and state["format"] == FORMAT:
+        if damaged is None and state["format"] == FORMAT and state.keys() >= PARTS:
             return state
     except Exception:  # torch.load raises whatever zipfile and its unpickler raise
         pass
@@ -92,24 +130,92 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def restore(state: dict[str, Any], trainer: Trainer) -> Epoch | None:
     """Brings ``trainer`` to where ``state`` was saved, and returns the epoch that it was in the middle of, if any.
 
-    The number of processes may be another: those that were not there before keep their own random state.
+    The number of processes may be another: those that were not there before keep their own random state. Raises
+    UserError where ``state`` is not what ``save_checkpoint`` writes in a run of this model and training set.
     """
-    rank = distributed.rank()
-    trainer.model.load_state_dict(state["model"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.scheduler.load_state_dict(state["scheduler"])
-    trainer.scaler.load_state_dict(state["scaler"])
-    if rank < len(state["rng"]):
-        torch.set_rng_state(state["rng"][rank])
-        if trainer.device.type == "cuda" and state["cuda_rng"][rank] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"][rank], trainer.device)
-    if state["epoch"] is None:
-        return None
-    epoch = Epoch.from_state_dict(state["epoch"], trainer.device)
-    if rank > 0:  # rank 0 has the sums of all so far
+    try:
+        check(state, trainer)
+        trainer.model.load_state_dict(state["model"])
+        for name, parameter in trainer.model.named_parameters():
+            if name in state["momentum"]:
+                buffer = torch.empty_like(parameter, requires_grad=False).copy_(state["momentum"][name])
+                trainer.optimizer.state[parameter]["momentum_buffer"] = buffer
+        trainer.scheduler = LambdaLR(trainer.optimizer, trainer.scheduler.lr_lambdas, last_epoch=state["step"] - 1)
+        trainer.scaler.load_state_dict(state["scaler"])
+        rank = distributed.rank()
+        if rank < len(state["rng"]):
+            torch.set_rng_state(state["rng"][rank])
+            if trainer.device.type == "cuda" and state["cuda_rng"][rank] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"][rank], trainer.device)
+        epoch = state["epoch"] and Epoch.from_state_dict(state["epoch"], trainer.device)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--resume {trainer.config.output_dir}: last.pt does not fit this run ({_first_line(error)})"
+        ) from error
+    if epoch and rank > 0:  # rank 0 has the sums of all so far
         none = Epoch.begin(epoch.number, trainer.device)
         epoch = replace(epoch, loss_sum=none.loss_sum, correct=none.correct, images=none.images)
     return epoch
+
+
+def check(state: dict[str, Any], trainer: Trainer) -> None:
+    """Raises ValueError where ``state``, which has all ``PARTS``, is not built as a snapshot of ``trainer``."""
+    check_history(state["history"], validated=trainer.config.val_fraction > 0)
+    epoch = Epoch.begin(len(state["history"]), trainer.device) if state["epoch"] is not None else None
+    expected = snapshot(trainer, state["history"], epoch)
+    check_like(state["epoch"], expected["epoch"], "epoch")
+    check_like(state["step"], expected["step"], "step")
+    steps = len(state["history"]) * trainer.steps_per_epoch
+    if epoch:
+        number, done, images = (state["epoch"][name] for name in ("number", "steps", "images"))
+        if number != epoch.number or not 0 < done <= min(trainer.steps_per_epoch, images):
+            raise ValueError(f"it is at step {done} of epoch {number + 1}, after {len(state['history'])} finished ones")
+        steps += done
+    if state["step"] != steps:
+        raise ValueError(f"it is at step {state['step']:,} instead of {steps:,}: was the training set another?")
+    if steps and trainer.config.momentum:
+        expected["momentum"] = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+    for part in ("model", "momentum", "scaler"):
+        check_like(state[part], expected[part], part)
+    for part in RANDOM_STATES:
+        if not isinstance(state[part], list) or len(state[part]) != len(state["rng"]):
+            raise ValueError(f"{part} has not a state for each process")
+    for process in state["rng"]:
+        check_like(process, expected["rng"], "rng")
+
+
+def check_history(history: Any, validated: bool) -> None:
+    """Raises ValueError for what is not the list of the rows of epochs 1, 2, ..."""
+    columns = COLUMNS + (VALIDATION_COLUMNS if validated else ())
+    if not isinstance(history, list):
+        raise ValueError("its history is no list")
+    for i, row in enumerate(history):
+        if (
+            not isinstance(row, dict)
+            or not row.keys() >= set(columns)
+            or not all(type(value) in (int, float) for value in row.values())
+            or row["epoch"] != i + 1
+            or not row["epoch_seconds"] > 0
+        ):
+            raise ValueError(f"its history has no proper row of epoch {i + 1}")
+
+
+def check_like(found: Any, expected: Any, where: str) -> None:
+    """Raises ValueError where ``found`` is of another structure, type or shape than ``expected``."""
+    if _kind(found) != _kind(expected):
+        raise ValueError(f"{where} is {_kind(found)} instead of {_kind(expected)}")
+    if isinstance(expected, dict):
+        for name in sorted(expected.keys() ^ found.keys(), key=str):
+            raise ValueError(f"{where} has {'no' if name in expected else 'an unknown'} {str(name)!r}")
+        for name, value in expected.items():
+            check_like(found[name], value, f"{where} {name}")
+
+
+def _kind(value: Any) -> str:
+    if not torch.is_tensor(value):
+        return type(value).__name__
+    words = "meta " * value.is_meta + "differentiable " * value.requires_grad
+    return f"a {words}{value.layout} {value.dtype} {list(value.shape)}".replace("torch.", "")
 
 
 def _first_line(error: Exception) -> str:

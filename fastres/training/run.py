@@ -160,16 +160,19 @@ class Run:
     def _train(self, epoch: Epoch, on_step: Callable[[], None], signalled: Callable[[], int]) -> Epoch:
         """Trains on the rest of ``epoch``, saving within it as asked, and returns that of all processes."""
         saved = time.monotonic()
+        every = self.config.checkpoint_steps
 
         def after_step() -> None:
             nonlocal saved
             on_step()
             asked = time.perf_counter()
             minutes = (time.monotonic() - saved) / 60
+            step = epoch.number * len(self.train_loader) + epoch.steps
+            due = 0 < self.config.checkpoint_minutes <= minutes or (every > 0 and step % every == 0)
             # processes notice a signal at different steps, and have clocks of their own, but must save at the same step
-            signal_number, due = distributed.highest(signalled(), 0 < self.config.checkpoint_minutes <= minutes)
+            signal_number, save = distributed.highest(signalled(), due)
             epoch.seconds += time.perf_counter() - asked
-            if signal_number or due:
+            if signal_number or save:
                 self.trainer.synchronize()
                 self._save(self._checked(epoch))
                 saved = time.monotonic()
@@ -243,6 +246,7 @@ class Run:
             "num_classes": len(self.dataset.classes),
             "train_images": len(self.dataset.train),
             "test_images": len(self.dataset.test),
+            "skipped_images": self.dataset.skipped_images,
             "params_millions": sum(parameter.numel() for parameter in self.trainer.model.parameters()) / 1e6,
             "epochs": len(self.history),
             "best_selected_on": "validation" if self.validation_loader else "test",

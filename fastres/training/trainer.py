@@ -1,7 +1,8 @@
 """The training loop: one step, one epoch, one evaluation. It knows nothing of studies, plots or files."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,10 +14,24 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from fastres.config import TrainConfig
 from fastres.data import Loader
+from fastres.errors import RunError
 from fastres.training import distributed
 from fastres.training.schedule import lr_factor
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+CPU_OUT_OF_MEMORY = "can't allocate memory"  # in torch's RuntimeError, which is of no type of its own
+
+
+@contextmanager
+def enough_memory(flag: str, size: int) -> Iterator[None]:
+    """Turns running out of memory into RunError, with what to take in place of ``size``, the value of ``flag``."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and CPU_OUT_OF_MEMORY not in str(error):
+            raise
+        mend = f"try {flag} {size // 2}" if size > 1 else "take a smaller --model"
+        raise RunError(f"{flag} {size}: out of memory; {mend}") from error
 
 
 @dataclass
@@ -107,6 +122,7 @@ class Trainer:
         self, model: nn.Module, config: TrainConfig, device: torch.device, num_classes: int, steps_per_epoch: int
     ) -> None:
         self.config, self.device, self.num_classes = config, device, num_classes
+        self.steps_per_epoch = steps_per_epoch
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device).to(memory_format=self.memory_format)
         self.predict = self.forward = compiled(self.model, config)
@@ -140,19 +156,23 @@ class Trainer:
         start = time.perf_counter()
         state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            for training, of_all in ((True, self.config.batch_size), (False, self.config.eval_batch_size)):
-                size = distributed.largest_share(of_all)
-                forward = self.forward if training else self.predict
-                images, labels = self._to_device(torch.randn(size, 3, 32, 32), torch.zeros(size, dtype=torch.int64))
-                self.model.train(training)
-                with torch.set_grad_enabled(training), self._autocast():
-                    loss = F.cross_entropy(forward(images), labels)
-                if training:
-                    loss.backward()
+            with enough_memory("--batch-size", self.config.batch_size):
+                self._warm_up(self.forward, self.config.batch_size, training=True)
+            with enough_memory("--eval-batch-size", self.config.eval_batch_size):
+                self._warm_up(self.predict, self.config.eval_batch_size, training=False)
         self.optimizer.zero_grad(set_to_none=True)
         self.model.load_state_dict(state)
         self.synchronize()
         return time.perf_counter() - start
+
+    def _warm_up(self, forward: Callable[..., torch.Tensor], batch_size: int, training: bool) -> None:
+        size = distributed.largest_share(batch_size)
+        images, labels = self._to_device(torch.randn(size, 3, 32, 32), torch.zeros(size, dtype=torch.int64))
+        self.model.train(training)
+        with torch.set_grad_enabled(training), self._autocast():
+            loss = F.cross_entropy(forward(images), labels)
+        if training:
+            loss.backward()
 
     def train_epoch(self, loader: Loader, epoch: Epoch, after_step: Callable[[], None] = lambda: None) -> None:
         """Trains on the rest of ``epoch``, bringing it up to date, and calls ``after_step`` after each step.
@@ -166,10 +186,12 @@ class Trainer:
         start = asked = time.perf_counter()
         for images, labels in loader.epoch(epoch.number, epoch.steps):
             epoch.data_wait_seconds += time.perf_counter() - asked
-            images, labels = self._to_device(images, labels)
             last = epoch.steps + 1 == steps  # the only step whose batch may have unequal shares
+            weight = self._weight(len(labels)) if last else 1.0
             epoch.lr = self.optimizer.param_groups[0]["lr"]
-            loss, logits = self._step(images, labels, self._weight(len(labels)) if last else 1.0)
+            with enough_memory("--batch-size", self.config.batch_size):
+                images, labels = self._to_device(images, labels)
+                loss, logits = self._step(images, labels, weight)
             epoch.loss_sum += loss * len(labels)
             epoch.finite_steps += epoch.loss_sum.isfinite()
             epoch.correct += (logits.argmax(1) == labels).sum()
@@ -205,8 +227,8 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         counts = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
         for images, labels in loader.epoch(epoch):
-            images, labels = self._to_device(images, labels)
-            with self._autocast():
+            with enough_memory("--eval-batch-size", self.config.eval_batch_size), self._autocast():
+                images, labels = self._to_device(images, labels)
                 logits = self.predict(images).float()
             loss_sum += F.cross_entropy(logits, labels, reduction="sum")
             counts += multiclass_confusion_matrix(logits, labels, self.num_classes, validate_args=False)

@@ -126,9 +126,7 @@ def break_file(root):
         (lambda root: (root / "train").rename(root / "training"), "no folder train/"),
         (lambda root: [path.unlink() for path in (root / "test/dark").iterdir()], "test/dark: holds no .jpg or .png"),
         (lambda root: (root / "train/third").mkdir(), "same classes; only one has third"),
-        (break_file, "train/dark/0000.jpg: not a readable"),
-        (lambda root: (root / "train/dark/0002.jpg").write_text("hello"), "train/dark/0002.jpg: not a readable"),
-        (lambda root: (root / "train/dark/0002.jpg").write_bytes(b""), "train/dark/0002.jpg: not a readable"),
+        (break_file, "not readable as JPEG or PNG .* megapixels: train/dark/0000.jpg; replace"),
     ],
 )
 def test_folder_names_what_is_wrong(damage, message, image_folder):
@@ -136,6 +134,48 @@ def test_folder_names_what_is_wrong(damage, message, image_folder):
     with pytest.raises(UserError, match=message) as error:
         folder(image_folder)
     assert "\n" not in str(error.value)
+
+
+def spoil(root, names):
+    for name in names:
+        (root / name).write_bytes(b"no image")
+
+
+def test_bad_images_are_named_and_counted(image_folder):
+    spoil(image_folder, [f"test/dark/{i:04d}.jpg" for i in range(0, 12, 2)])
+    with pytest.raises(UserError, match=r"megapixels: test/dark/0000.jpg, \S+, \S+ and 3 more; .*--skip-bad-images"):
+        folder(image_folder)
+
+
+def test_bad_images_are_left_out(image_folder):
+    whole = folder(image_folder)
+    spoil(image_folder, ["train/bright/0001.jpg", "train/dark/0000.jpg", "test/dark/0000.jpg"])
+    (image_folder / "train/dark/9999.jpg").mkdir()
+    dataset, line = load_dataset("folder", image_folder, skip_bad_images=True)
+    assert line.endswith("(2 classes, 58 train, 19 test, 4 unreadable files left out)")
+    assert dataset.skipped_images == 4
+    assert dataset.train.labels.tolist() == [0] * 29 + [1] * 29
+    kept = [i for i in range(60) if i not in (0, 30)]
+    for image, i in zip(dataset.train.images, kept, strict=True):
+        np.testing.assert_array_equal(image, whole.train.images[i])
+
+
+def test_a_class_without_a_readable_image_is_an_error(image_folder):
+    spoil(image_folder, [f"test/dark/{i:04d}.jpg" for i in range(0, 20, 2)])
+    with pytest.raises(UserError, match="test/dark: none of its files is readable"):
+        folder(image_folder, skip_bad_images=True)
+
+
+def test_the_check_of_images_is_tracked(image_folder):
+    seen = []
+
+    def track(items, total):
+        for item in items:
+            seen.append(total)
+            yield item
+
+    folder(image_folder, track=track)
+    assert seen == [80] * 80
 
 
 @pytest.mark.parametrize("name", ["digits", "folder"])

@@ -1,10 +1,12 @@
 """Both loaders apply one plan: their batches are compared with a NumPy reference and with each other."""
 
+import io
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 from fastres.data import choose_loader, create_loader
 from fastres.data.datasets import Dataset, Split, folder
@@ -80,6 +82,77 @@ def test_loaders_agree_on_files(suffix, augmentation, device, arrays, tmp_path):
     levels = (dali[0] - eager[0]).abs() * torch.tensor(dataset.std).view(3, 1, 1) * 255
     assert levels.max() <= (3 if suffix == ".jpg" else 1e-3)
     torch.testing.assert_close(dali[1], eager[1])
+
+
+def odd_images():
+    """JPEG and PNG files of one smooth image in modes and variants that occur, by name."""
+    rows, columns = np.mgrid[:32, :32] * 8
+    image = Image.fromarray(np.stack([rows, columns, (rows + columns) // 2], axis=-1).astype(np.uint8))
+    grey, palette, turned = image.convert("L"), image.quantize(64), image.rotate(90)
+    transparent = image.copy()
+    transparent.putalpha(grey)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    xmp = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    deep = np.random.default_rng(0).integers(0, 2**16, (32, 32)).astype(np.uint16)
+    variants = {
+        "jpeg-grey": (grey, "JPEG", {}),
+        "jpeg-cmyk": (image.convert("CMYK"), "JPEG", {}),
+        "jpeg-progressive": (image, "JPEG", {"progressive": True}),
+        "jpeg-turned-by-exif": (image, "JPEG", {"exif": exif}),
+        "jpeg-turned-by-xmp": (image, "JPEG", {"xmp": xmp}),
+        "jpeg-of-several": (image, "MPO", {"save_all": True, "append_images": [turned]}),
+        "png-grey": (grey, "PNG", {}),
+        "png-bits": (grey.convert("1"), "PNG", {}),
+        "png-16-bit": (Image.fromarray(deep), "PNG", {}),
+        "png-palette": (palette, "PNG", {}),
+        "png-palette-transparent": (palette, "PNG", {"transparency": bytes(range(64))}),
+        "png-transparent": (transparent, "PNG", {}),
+        "png-grey-transparent": (transparent.convert("LA"), "PNG", {}),
+        "png-turned-by-exif": (image, "PNG", {"exif": exif}),
+        "png-animated": (image, "PNG", {"save_all": True, "append_images": [turned]}),
+    }
+    for name, (source, kind, options) in variants.items():
+        file = io.BytesIO()
+        source.save(file, kind, **options)
+        yield name, file.getvalue()
+    yield "png-without-its-end", file.getvalue()[:-12]  # which DALI refuses
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.filterwarnings("error:::PIL.Image")
+@pytest.mark.parametrize(("name", "content"), odd_images(), ids=lambda value: value if isinstance(value, str) else "")
+def test_loaders_agree_on_odd_images(name, content, device, arrays, tmp_path):
+    for part, suffix in (("train", ".jpg"), ("test", ".png")):
+        (tmp_path / part / "one").mkdir(parents=True)
+        (tmp_path / part / "one" / f"image{suffix}").write_bytes(content)  # the content says what it is, not the name
+    dataset = folder(tmp_path)
+    dali, eager = (
+        epoch_of(make_loader(loader, dataset.train, lambda epoch: evaluation_plan(1), dataset, device=device))[0]
+        for loader in LOADERS
+    )
+    levels = (dali - eager).abs() * torch.tensor(dataset.std).view(3, 1, 1) * 255
+    assert levels.max() <= (3 if name.startswith("jpeg") else 1e-3)
+    assert dali.std() > 0.1
+
+
+def test_the_largest_image_is_resized_alike(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part / "one").mkdir(parents=True)
+        Image.linear_gradient("L").resize((8192, 8192)).save(tmp_path / part / "one/image.png", compress_level=1)
+    dataset = folder(tmp_path)
+    dali, eager = (
+        epoch_of(make_loader(loader, dataset.train, lambda epoch: evaluation_plan(1), dataset))[0] for loader in LOADERS
+    )
+    assert ((dali - eager).abs() * torch.tensor(dataset.std).view(3, 1, 1) * 255).max() <= 2
+
+
+def test_a_larger_image_is_refused(arrays, tmp_path, recwarn):
+    root = write_folder(tmp_path, arrays, ".png")
+    Image.new("L", (10_000, 9_000)).save(root / "train/dark/0000.png", compress_level=1)
+    with pytest.raises(UserError, match=r"up to 67 megapixels: train/dark/0000.png; replace"):
+        folder(root)
+    assert not recwarn.list
 
 
 def test_loaders_agree_on_real_photographs(cifar10_jpeg):

@@ -1,15 +1,25 @@
 """A run's folder, and that a run which was interrupted ends as if it had not been."""
 
+import gc
+import itertools
 import json
 import multiprocessing
+import os
 import pickle
 import random
+import signal
+import subprocess
+import sys
 import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastres.config import TrainConfig
@@ -48,7 +58,7 @@ def test_what_a_run_leaves(finished, arrays):
     pd.testing.assert_frame_equal(history, pd.read_pickle(run.folder / "history.pkl"))
     assert history["epoch"].tolist() == [1, 2, 3]
     assert json.loads((run.folder / "summary.json").read_text()) == summary
-    assert TrainConfig.from_json(json.loads((run.folder / "config.json").read_text())) == run.config
+    assert TrainConfig.from_json(json.loads((run.folder / "config.json").read_text()), "config.json") == run.config
 
     best = history.loc[history["test_accuracy"].idxmax()]
     assert summary["best_accuracy"] == pytest.approx(best["test_accuracy"])
@@ -83,7 +93,7 @@ def assert_same_run(one, other):
         for row in state["history"]:
             for name in ("epoch_seconds", "images_per_second", "data_wait_seconds"):
                 row.pop(name)
-    for name in ("config", "history", "format", "scheduler"):
+    for name in ("config", "history", "format", "step"):
         assert first.pop(name) == second.pop(name)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     best = [load_file(folder / "best.safetensors") for folder in (one, other)]
@@ -147,6 +157,31 @@ def test_a_run_killed_at_random_moments_ends_bit_identically(arrays, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "part")
 
 
+def run_that_dies(dataset, folder, last_step, settings):
+    """In a process of its own: a run that is killed after ``last_step`` steps."""
+    MODELS["vgg11"] = tiny_model
+    steps = itertools.count(1)
+
+    def on_step():
+        if next(steps) == last_step + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    start(dataset, folder, **settings).fit(on_step)
+
+
+@pytest.mark.parametrize(("last_step", "saved_step"), [(3, 0), (4, 4), (7, 4), (8, 8), (13, 12)])
+def test_a_killed_run_loses_fewer_steps_than_asked(last_step, saved_step, arrays, tmp_path):
+    # epochs of 3 steps, so that every 4th step moves through the epoch, which --checkpoint-every does not save
+    settings = {"epochs": 6, "checkpoint_every": 5, "checkpoint_steps": 4}
+    process = multiprocessing.get_context("forkserver").Process(
+        target=run_that_dies, args=(arrays, tmp_path / "run", last_step, settings)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert read_checkpoint(tmp_path / "run")["step"] == saved_step
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(arrays, tmp_path):
     run = start(arrays, tmp_path / "run", schedule="constant", warmup_epochs=0.0)
     train_epoch = run.trainer.train_epoch
@@ -165,6 +200,84 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(arrays,
     state = read_checkpoint(run.folder)
     assert len(state["history"]) == 1
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:126] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    ("passes", "flag", "epochs_kept"),  # warm-up, then three steps and an evaluation an epoch
+    [
+        (0, "--batch-size 20: out of memory; try --batch-size 10", None),
+        (1, "--eval-batch-size 7: out of memory; try --eval-batch-size 3", None),
+        (4, "--batch-size 20: out of memory; try --batch-size 10", 0),
+        (5, "--eval-batch-size 7: out of memory; try --eval-batch-size 3", 0),
+        (8, "--batch-size 20: out of memory; try --batch-size 10", 1),
+    ],
+)
+def test_too_little_memory_names_the_batch_size(passes, flag, epochs_kept, error, arrays, tmp_path):
+    dataset = replace(arrays, test=arrays.test.take(np.arange(7)))
+    run = start(dataset, tmp_path / "run", eval_batch_size=7, schedule="constant")
+    forward = run.trainer.forward
+    count = itertools.count()
+
+    def fails_at_last(images):
+        if next(count) == passes:
+            raise error
+        return forward(images)
+
+    run.trainer.forward = run.trainer.predict = fails_at_last
+    with pytest.raises(RunError) as raised:
+        run.fit()
+    assert str(raised.value) == flag
+    if epochs_kept is None:
+        assert not (run.folder / "last.pt").exists()
+    else:
+        assert len(read_checkpoint(run.folder)["history"]) == epochs_kept
+
+
+def test_other_errors_are_not_taken_for_too_little_memory(arrays, tmp_path):
+    run = start(arrays, tmp_path / "run")
+    run.trainer.forward = lambda images: images.view(-1, 5)
+    with pytest.raises(RuntimeError, match="shape"):
+        run.fit()
+
+
+def test_too_little_memory_for_one_image(arrays, tmp_path):
+    run = start(arrays, tmp_path / "run", batch_size=1)
+
+    def fails(images):
+        raise torch.OutOfMemoryError
+
+    run.trainer.forward = fails
+    with pytest.raises(RunError, match="--batch-size 1: out of memory; take a smaller --model"):
+        run.fit()
+
+
+LIMITED = """
+import resource, sys
+from fastres import train
+mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**31,) * 2)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_memory_that_is_really_too_little(image_folder, tmp_path):
+    flags = ["--model", "vgg11", "--dataset", "folder", "--data-dir", image_folder, "--batch-size", 20]
+    flags += ["--device", "cpu", "--eval-batch-size", 1_000_000, "--output-dir", tmp_path / "run"]
+    command = [sys.executable, "-c", LIMITED, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "python -m fastres.train: error: --eval-batch-size 1000000: out of memory; try --eval-batch-size 500000\n"
+    )
 
 
 def test_the_best_is_selected_on_the_held_out_part(arrays, tmp_path):
@@ -211,6 +324,23 @@ def test_what_is_no_checkpoint(content, tmp_path):
         read_checkpoint(path)
 
 
+def test_a_compressed_checkpoint_is_refused(finished):
+    """Since torch.save compresses nothing, a file that is larger inside than outside can only mean to fill memory."""
+    run, _ = finished
+    path = run.folder / "last.pt"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        if compression == zipfile.ZIP_STORED:
+            read_checkpoint(path)
+        else:
+            with pytest.raises(UserError, match="not a checkpoint"):
+                read_checkpoint(path)
+
+
 def test_a_damaged_checkpoint_is_refused_or_read_as_it_was(finished):
     run, _ = finished
     path = run.folder / "last.pt"
@@ -232,3 +362,122 @@ def test_a_damaged_checkpoint_is_refused_or_read_as_it_was(finished):
             assert again["history"] == state["history"]
             torch.testing.assert_close(again["model"], state["model"], rtol=0, atol=0)
     assert refused > 50
+
+
+def test_flipped_bits_in_the_best_weights_are_noticed(finished):
+    run, _ = finished
+    path = run.folder / "best.safetensors"
+    content = path.read_bytes()
+    weights = 8 + int.from_bytes(content[:8], "little")  # where the header ends
+    draw = random.Random(0)
+    for _ in range(50):
+        damaged = bytearray(content)
+        damaged[draw.randrange(weights, len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"best.safetensors: damaged, its checksum"):
+            run.evaluate_best()
+
+
+def test_weights_from_elsewhere_need_no_checksum(finished):
+    run, summary = finished
+    path = run.folder / "best.safetensors"
+    state = load_file(path)
+    save_file(state, path)
+    assert run.evaluate_best().loss == pytest.approx(summary["test_loss"])
+    save_file({name: tensor for name, tensor in state.items() if name != "7.bias"}, path)
+    with pytest.raises(UserError, match=r"best.safetensors: does not hold weights of this model"):
+        run.evaluate_best()
+
+
+@pytest.fixture
+def saved_within_an_epoch(arrays, tmp_path):
+    """A checkpoint after one epoch and two steps of the second."""
+    run = start(arrays, tmp_path / "run")
+    stops = iter([0, 0, 0, 0, 2])
+    with pytest.raises(Interrupted):
+        run.fit(signalled=lambda: next(stops))
+    return read_checkpoint(run.folder)
+
+
+def change(*path, to):
+    """A function that replaces, or with ``to`` None removes, the value at ``path`` in nested containers."""
+
+    def damage(state):
+        *parents, last = path
+        for name in parents:
+            state = state[name]
+        if to is None:
+            del state[last]
+        else:
+            state[last] = to(state[last]) if callable(to) else to
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change("history", to=lambda rows: {}), "its history is no list"),
+        (change("history", 0, to="row"), "no proper row of epoch 1"),
+        (change("history", 0, "test_accuracy", to=None), "no proper row of epoch 1"),
+        (change("history", 0, "test_accuracy", to="90"), "no proper row of epoch 1"),
+        (change("history", 0, "epoch", to=2), "no proper row of epoch 1"),
+        (change("history", 0, "epoch_seconds", to=0.0), "no proper row of epoch 1"),
+        (change("epoch", "loss_sum", to=None), "epoch has no 'loss_sum'"),
+        (change("epoch", "more", to=1), "epoch has an unknown 'more'"),
+        (change("epoch", "steps", to=4), "it is at step 4 of epoch 2, after 1 finished ones"),
+        (change("epoch", "number", to=5), "it is at step 2 of epoch 6, after 1 finished ones"),
+        (change("epoch", "steps", to="2"), "epoch steps is str instead of int"),
+        (change("step", to=7), "it is at step 7 instead of 5"),
+        (change("model", "0.weight", to=None), "model has no '0.weight'"),
+        (change("model", "0.weight", to=1.0), r"0.weight is float instead of a strided float32 \[8, 3, 3, 3\]"),
+        (change("model", "0.weight", to=torch.ones(8, 3, 3, 2)), r"is a strided float32 \[8, 3, 3, 2\] instead of"),
+        (change("model", "0.weight", to=lambda weight: weight.double()), "is a strided float64 "),
+        (change("model", "0.weight", to=lambda weight: weight.to_sparse()), "is a sparse_coo float32 "),
+        (change("model", "0.weight", to=lambda weight: weight.to("meta")), "is a meta strided float32 "),
+        (change("epoch", "loss_sum", to=lambda sums: sums.requires_grad_()), "is a differentiable strided float64"),
+        (change("momentum", "7.bias", to=None), "momentum has no '7.bias'"),
+        (change("momentum", "7.bias", to=torch.ones(3)), r"momentum 7.bias is a strided float32 \[3\] instead of"),
+        (change("momentum", to=lambda buffers: {}), "momentum has no '0.weight'"),
+        (change("scaler", to=lambda scaler: []), "scaler is list instead of dict"),
+        (change("rng", 0, to=lambda rng: rng[1:]), "rng is a strided uint8"),
+        (change("rng", to=torch.zeros(9)), "rng has not a state for each process"),
+        (change("cuda_rng", to=lambda states: []), "cuda_rng has not a state for each process"),
+        (change("rng", 0, to=torch.zeros_like), "mt19937"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(damage, message, saved_within_an_epoch, arrays, tmp_path):
+    start(arrays, tmp_path / "again", saved_within_an_epoch)
+    damage(saved_within_an_epoch)
+    with pytest.raises(UserError, match=r"--resume .*again: last.pt does not fit this run \(.*" + message) as error:
+        start(arrays, tmp_path / "again", saved_within_an_epoch)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_another_training_set(saved_within_an_epoch, arrays, tmp_path):
+    smaller = replace(arrays, train=arrays.train.take(np.arange(40)))
+    with pytest.raises(UserError, match="it is at step 5 instead of 4: was the training set another"):
+        start(smaller, tmp_path / "run", saved_within_an_epoch)
+
+
+def in_use():
+    """MiB of resident memory, open files and threads of this process."""
+    gc.collect()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) / 2**10, len(os.listdir("/proc/self/fd")), int(status["Threads"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("loader", ["dali", "eager"])
+def test_a_long_run_keeps_nothing(loader, arrays, tmp_path):
+    dataset = replace(arrays, train=arrays.train.take(np.arange(8)), test=arrays.test.take(np.arange(4)))
+    settings = {"loader": loader, "workers": 1, "epochs": 200, "batch_size": 4, "eval_batch_size": 4}
+    used = {}
+
+    def on_epoch(row):
+        if row["epoch"] in (20, 200):
+            used[row["epoch"]] = in_use()
+
+    start(dataset, tmp_path / "run", **settings).fit(on_epoch=on_epoch)
+    assert used[200][0] - used[20][0] < 8  # MiB, for the allocator's freedom; each epoch's row takes 1 KiB
+    assert used[200][1:] == used[20][1:]
