@@ -1,6 +1,5 @@
 """python -m fastres.study: trains all the runs of a study, each as fastres.train does, and writes its report."""
 
-import json
 import multiprocessing
 import signal
 import sys
@@ -230,10 +229,10 @@ def prepare_folder(folder: Path, planned: list[PlannedRun], resume: bool) -> Non
 
 def begun(folder: Path) -> str:
     """When the study in ``folder`` was begun. Raises UserError where its study.json does not say so."""
-    try:
-        return json.loads((folder / "study.json").read_text())["date"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'study.json'}: not readable ({error}); take another --output-dir") from error
+    study = read_json(folder / "study.json")
+    if not isinstance(study, dict) or "date" not in study:
+        raise UserError(f"{folder / 'study.json'}: does not say when the study was begun; take another --output-dir")
+    return study["date"]
 
 
 def describe(study: Study, config: StudyConfig, overrides: dict[str, Any], planned: list[PlannedRun]) -> dict[str, Any]:
@@ -329,7 +328,7 @@ def execute(run: PlannedRun, advance: Callable[[float], None]) -> dict[str, Any]
         process.join()
     if not run.finished:
         raise UserError(f"{run.folder}: the run ended with exit code {process.exitcode}; mend it and add --resume")
-    return json.loads((run.folder / "summary.json").read_text())
+    return read_json(run.folder / "summary.json")
 
 
 def _train(given: dict[str, Any], resume: Path | None, sender: Connection) -> None:
@@ -361,7 +360,7 @@ def print_estimate(planned: list[PlannedRun], console: Console) -> None:
     rates: dict[tuple[Any, ...], tuple[float, str]] = {}
     for run in planned:
         if run.finished:
-            summary = json.loads((run.folder / "summary.json").read_text())
+            summary = read_json(run.folder / "summary.json")
             rates[_engine(run)] = summary["images_per_second"], "finished run"
     table = Table(title=f"{len(planned)} runs", title_justify="left")
     for header in ("run", "epochs", "images", "about", "from"):

@@ -16,6 +16,7 @@ from typing import Any
 import markdown
 import pandas as pd
 
+from fastres.config import read_json
 from fastres.errors import UserError
 from fastres.report import study_plots
 
@@ -85,7 +86,7 @@ def write_report(folder: Path, price_per_hour: float = 0.0) -> Path:
 
     ``price_per_hour`` adds the cost of each run's training time. Raises UserError where a run's files are missing.
     """
-    study = json.loads((folder / "study.json").read_text())
+    study = read_json(folder / "study.json")
     results = read_results(folder, study)
     content = report(study, results, draw(folder / "figures", study, results), price_per_hour)
     (folder / "report.md").write_text(content)
@@ -113,12 +114,12 @@ def read_results(folder: Path, study: dict[str, Any]) -> list[Results]:
             )
             for run in study["runs"]
         ]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         raise UserError(f"{folder}: the study's runs are not all there ({error}); add --resume to do them") from error
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text())
+    return read_json(folder / "summary.json")
 
 
 def draw(folder: Path, study: dict[str, Any], results: list[Results]) -> dict[str, str]:
