@@ -268,7 +268,7 @@ def cost_notes(results: list[Results]) -> str:
         f"An epoch is {images:,} training images on {device}; seconds are the median epoch's, training alone.",
         "A multiply-add is two operations; GFLOP are of one image's convolutions and linear layers.",
     ]
-    if "threads" in device:
+    if "thread" in device:
         notes.append("Peak memory is the process's resident memory, Python and its libraries included.")
     if any("epoch_seconds" in result.published for result in results):
         notes.append("Published seconds are of the original's own epoch and machine.")

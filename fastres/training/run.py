@@ -327,7 +327,8 @@ def device_name(device: torch.device) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, platform.machine())}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{next(names, platform.machine())}, {threads} thread{'s' * (threads > 1)}"
 
 
 def versions() -> dict[str, str]:
