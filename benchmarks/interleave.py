@@ -8,20 +8,21 @@ import torch
 
 
 def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each candidate in each round, `[rounds]`; a round runs every candidate once.
+    """Seconds of each candidate in each round, `[rounds]`; a round runs every candidate once, in random order.
 
-    Whatever else the machine does then slows all of them alike. Each runs once beforehand, to warm up. A GPU
-    is waited for on both sides of a measurement.
+    Whatever else the machine does then slows all of them alike, and so does what the one before left in the
+    caches. Each runs once beforehand, to warm up. A GPU is waited for on both sides of a measurement.
     """
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for run in candidates.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    rng = np.random.default_rng(0)
     for _ in range(rounds):
-        for name, run in candidates.items():
+        for name in rng.permutation(list(candidates)):
             wait()
             start = time.perf_counter()
-            run()
+            candidates[name]()
             wait()
             seconds[name].append(time.perf_counter() - start)
     return {name: np.array(values) for name, values in seconds.items()}

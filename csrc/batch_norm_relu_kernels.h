@@ -41,8 +41,8 @@ INLINE void store_vector(void* to, Vector vector) {
   std::memcpy(to, &vector, sizeof(vector));
 }
 
-// Where `streamed`, past the caches, to an address that is aligned to the vector: the processor need not read the
-// line first, and nothing that is still needed leaves the caches for it.
+// Where `streamed`, past the caches, to an address that is aligned to the vector: the processor need not read
+// the line first, and nothing that is still needed leaves the caches for it.
 template <class Vector>
 INLINE void store_vector(void* to, Vector vector, [[maybe_unused]] bool streamed) {
 #ifdef FASTRES_STREAMS
@@ -122,15 +122,15 @@ struct Storage<c10::BFloat16> {
 template <class T>
 using Whole = std::integral_constant<int64_t, step<T>>;
 
-// The numbers from `from` on: Whole<T>, or fewer at the end of a row.
+// The numbers from `from` on: Whole<T>, or fewer at the end of a row. Those `ahead` of them are prefetched.
 template <class T>
-INLINE Wide<T> load(const T* from, Whole<T>) {
-  __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes);
+INLINE Wide<T> load(const T* from, Whole<T>, int64_t ahead) {
+  __builtin_prefetch(from + ahead);
   return Storage<T>::load(from);
 }
 
 template <class T>
-INLINE Wide<T> load(const T* from, int64_t count) {
+INLINE Wide<T> load(const T* from, int64_t count, int64_t) {
   alignas(T) char numbers[sizeof(T) * step<T>] = {};
   std::memcpy(numbers, from, count * sizeof(T));
   return Storage<T>::load(reinterpret_cast<const T*>(numbers));
@@ -173,10 +173,16 @@ INLINE void for_columns(int64_t columns, Body body) {
 // and sums of a step of columns stay in registers.
 template <class Body>
 INLINE void for_rows(int64_t rows, Body body) {
-  constexpr int64_t group = 4;
   int64_t row = 0;
-  for (; row + group <= rows; row += group) body(row, std::integral_constant<int64_t, group>{});
+  for (; row + kGroupRows <= rows; row += kGroupRows)
+    body(row, std::integral_constant<int64_t, kGroupRows>{});
   for (; row < rows; ++row) body(row, std::integral_constant<int64_t, 1>{});
+}
+
+// In elements: past the rows of the group, which are being read together.
+template <class T>
+INLINE int64_t prefetch_distance(int64_t columns) {
+  return std::max<int64_t>(kPrefetchBytes / sizeof(T), kGroupRows * columns);
 }
 
 template <class T>
@@ -190,6 +196,7 @@ INLINE void clear(int64_t columns, Acc<T>* sum, Acc<T>* other) {
 // The sums of (x - shift) and (x - shift)^2.
 template <class T>
 void moments(int64_t rows, int64_t columns, const Acc<T>* shift, const T* x, Acc<T>* sum, Acc<T>* squares) {
+  const int64_t ahead = prefetch_distance<T>(columns);
   clear<T>(columns, sum, squares);
   for_rows(rows, [&](int64_t row, auto group) INLINE_LAMBDA {
     for_columns<T>(columns, [&](int64_t c, auto count) INLINE_LAMBDA {
@@ -197,7 +204,7 @@ void moments(int64_t rows, int64_t columns, const Acc<T>* shift, const T* x, Acc
       auto sum_c = load_lanes<T>(sum + c);
       auto squares_c = load_lanes<T>(squares + c);
       for (int64_t i = 0; i < group; ++i) {
-        const auto shifted = load(x + (row + i) * columns + c, count) - shift_c;
+        const auto shifted = load(x + (row + i) * columns + c, count, ahead) - shift_c;
         sum_c = sum_c + shifted;
         squares_c = squares_c + shifted * shifted;
       }
@@ -211,6 +218,7 @@ void moments(int64_t rows, int64_t columns, const Acc<T>* shift, const T* x, Acc
 template <class T, bool has_residual, bool relu>
 void normalize(int64_t rows, int64_t columns, Affine<T> affine, const T* x, const T* residual, T* y,
                bool streamed) {
+  const int64_t ahead = prefetch_distance<T>(columns);
   for_rows(rows, [&](int64_t row, auto group) INLINE_LAMBDA {
     for_columns<T>(columns, [&](int64_t c, auto count) INLINE_LAMBDA {
       const auto mean = load_lanes<T>(affine.mean + c);
@@ -218,8 +226,8 @@ void normalize(int64_t rows, int64_t columns, Affine<T> affine, const T* x, cons
       const auto bias = load_lanes<T>(affine.bias + c);
       for (int64_t i = 0; i < group; ++i) {
         const int64_t at = (row + i) * columns + c;
-        auto z = (load(x + at, count) - mean) * scale + bias;
-        if constexpr (has_residual) z = z + load(residual + at, count);
+        auto z = (load(x + at, count, ahead) - mean) * scale + bias;
+        if constexpr (has_residual) z = z + load(residual + at, count, ahead);
         if constexpr (relu) z = Wide<T>::where_positive(z, z);
         store(y + at, z, count, streamed);
       }
@@ -233,6 +241,7 @@ void normalize(int64_t rows, int64_t columns, Affine<T> affine, const T* x, cons
 template <class T, Mask mask>
 void reduce(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const T* x, const T* y, T* dz,
             Acc<T>* sum, Acc<T>* products, bool streamed) {
+  const int64_t ahead = prefetch_distance<T>(columns);
   clear<T>(columns, sum, products);
   for_rows(rows, [&](int64_t row, auto group) INLINE_LAMBDA {
     for_columns<T>(columns, [&](int64_t c, auto count) INLINE_LAMBDA {
@@ -243,12 +252,12 @@ void reduce(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const 
       auto products_c = load_lanes<T>(products + c);
       for (int64_t i = 0; i < group; ++i) {
         const int64_t at = (row + i) * columns + c;
-        const auto centered = load(x + at, count) - mean;
-        auto gradient = load(dy + at, count);
+        const auto centered = load(x + at, count, ahead) - mean;
+        auto gradient = load(dy + at, count, ahead);
         if constexpr (mask == Mask::from_x)
           gradient = Wide<T>::where_positive(centered * scale + bias, gradient);
         if constexpr (mask == Mask::from_y) {
-          gradient = Wide<T>::where_positive(load(y + at, count), gradient);
+          gradient = Wide<T>::where_positive(load(y + at, count, ahead), gradient);
           store(dz + at, gradient, count, streamed);
         }
         sum_c = sum_c + gradient;
@@ -265,6 +274,7 @@ void reduce(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const 
 template <class T, Mask mask>
 void input_gradient(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const T* x,
                     const Acc<T>* slope, const Acc<T>* offset, T* dx, bool streamed) {
+  const int64_t ahead = prefetch_distance<T>(columns);
   for_rows(rows, [&](int64_t row, auto group) INLINE_LAMBDA {
     for_columns<T>(columns, [&](int64_t c, auto count) INLINE_LAMBDA {
       const auto mean = load_lanes<T>(affine.mean + c);
@@ -274,8 +284,8 @@ void input_gradient(int64_t rows, int64_t columns, Affine<T> affine, const T* dy
       const auto offset_c = load_lanes<T>(offset + c);
       for (int64_t i = 0; i < group; ++i) {
         const int64_t at = (row + i) * columns + c;
-        const auto centered = load(x + at, count) - mean;
-        auto gradient = load(dy + at, count);
+        const auto centered = load(x + at, count, ahead) - mean;
+        auto gradient = load(dy + at, count, ahead);
         if constexpr (mask == Mask::from_x)
           gradient = Wide<T>::where_positive(centered * scale + bias, gradient);
         store(dx + at, gradient * scale + centered * slope_c + offset_c, count, streamed);
