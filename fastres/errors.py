@@ -11,8 +11,8 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """A run that could not go on, although its input was good: a loss that is no number, a full disk, too
-    little memory."""
+    """A run that could not go on, although its input was good: a loss that is no number, a full disk, too little
+    memory."""
 
     exit_code = 1
 

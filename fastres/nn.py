@@ -78,18 +78,11 @@ class SyncBatchNormReLU2d(BatchNormReLU2d):
         running_var: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        *,
-        residual: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        relu: bool,
+        **options: Any,
     ) -> Tensor:
-        if not training or not dist.is_initialized():
-            return ops.batch_norm_relu(
-                x, running_mean, running_var, weight, bias,
-                residual=residual, training=training, momentum=momentum, eps=eps, relu=relu,
-            )  # fmt: skip
+        if not options["training"] or not dist.is_initialized():
+            return ops.batch_norm_relu(x, running_mean, running_var, weight, bias, **options)
+        residual, momentum, eps, relu = (options[name] for name in ("residual", "momentum", "eps", "relu"))
         y, mean, var, count = _SyncBatchNormReLU.apply(x, residual, weight, bias, eps, relu)
         if running_mean is not None and running_var is not None:
             running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)

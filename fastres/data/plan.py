@@ -47,8 +47,11 @@ class EpochPlan:
         The parts of a batch differ by one image at most. ``drop_last`` leaves out a last batch that is smaller.
         """
         images = len(self) - len(self) % batch_size if drop_last else len(self)
-        batches = np.split(np.arange(images), range(batch_size, images, batch_size))
-        rows = np.concatenate([np.array_split(batch, processes)[rank] for batch in batches])
+        row = np.arange(images)
+        place = row % batch_size  # in its batch
+        least, larger = np.divmod(np.minimum(batch_size, images - row + place), processes)
+        first = rank * least + np.minimum(rank, larger)  # the first `larger` processes show one more than `least`
+        rows = row[(first <= place) & (place < first + least + (rank < larger))]
         return replace(self, **{name: column[rows] for name, column in vars(self).items() if column is not None})
 
 
