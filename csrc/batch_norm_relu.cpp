@@ -319,7 +319,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input,
                                                        const std::optional<at::Tensor>& bias,
                                                        const std::optional<at::Tensor>& running_mean,
                                                        const std::optional<at::Tensor>& running_var,
-                                                       bool training, double eps, bool relu) {
+                                                       bool training, double momentum, double eps,
+                                                       bool relu) {
   check(input, residual, {weight, bias, running_mean, running_var});
   TORCH_CHECK(training || (running_mean && running_var), "evaluation needs running_mean and running_var");
   const bool channels_last = input.stride(1) == 1;
@@ -328,15 +329,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input,
   const auto options = x.options().dtype(at::toOpMathType(x.scalar_type()));
   const auto w = in_type(weight, options), b = in_type(bias, options);
   const auto y = at::empty_like(x);
-  const auto mean =
-      training ? at::empty({x.size(1)}, options) : running_mean->to(options.dtype(), false, true);
-  const auto var = training ? at::empty({x.size(1)}, options) : running_var->to(options.dtype(), false, true);
+  const auto mean = at::empty({training ? x.size(1) : 0}, options), var = at::empty_like(mean);
   if (x.numel() == 0) return {y, mean.zero_(), var.zero_()};
+  const auto used_mean = training ? mean : *in_type(running_mean, options);
+  const auto used_var = training ? var : *in_type(running_var, options);
 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm_relu", [&] {
     using T = scalar_t;
-    auto* const means = mean.mutable_data_ptr<Acc<T>>();
-    auto* const vars = var.mutable_data_ptr<Acc<T>>();
+    auto* const new_means = mean.mutable_data_ptr<Acc<T>>();
+    auto* const new_vars = var.mutable_data_ptr<Acc<T>>();
+    const auto* const means = used_mean.const_data_ptr<Acc<T>>();
+    const auto* const vars = used_var.const_data_ptr<Acc<T>>();
     const auto* const weights = data_or_null<Acc<T>>(w);
     const auto* const biases = data_or_null<Acc<T>>(b);
     const T* const xs = x.const_data_ptr<T>();
@@ -344,7 +347,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input,
     T* const ys = y.mutable_data_ptr<T>();
     const bool past_cache = streamed({y}, channels_last);
     for_slabs(x, channels_last, [&](const Slab& slab) {
-      if (training) compute_statistics<T>(slab, xs, means, vars);
+      if (training) compute_statistics<T>(slab, xs, new_means, new_vars);
       const Constants<T> center(slab, [&](int64_t c) { return means[c]; });
       const Constants<T> scale(slab,
                                [&](int64_t c) { return value_or(weights, c, 1) / std::sqrt(vars[c] + eps); });
@@ -356,6 +359,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input,
       });
     });
   });
+  if (training) {
+    const double count = x.numel() / x.size(1);
+    if (running_mean) running_mean->mul_(1 - momentum).add_(mean, momentum);
+    if (running_var) running_var->mul_(1 - momentum).add_(var, momentum * count / (count - 1));
+  }
   return {y, mean, var};
 }
 
@@ -370,6 +378,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   const auto y = output ? std::optional(dense(*output, channels_last)) : std::nullopt;
   const auto options = x.options().dtype(at::toOpMathType(x.scalar_type()));
   const auto w = in_type(weight, options), b = in_type(bias, options);
+  const auto used_mean = *in_type(mean, options), used_var = *in_type(var, options);
   const auto dx = at::empty_like(x);
   const auto dz = y ? at::empty_like(x) : at::empty({0}, x.options());
   const auto dweight = at::zeros({x.size(1)}, options), dbias = at::zeros({x.size(1)}, options);
@@ -377,8 +386,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm_relu_backward", [&] {
     using T = scalar_t;
-    const auto* const means = mean.const_data_ptr<Acc<T>>();
-    const auto* const vars = var.const_data_ptr<Acc<T>>();
+    const auto* const means = used_mean.const_data_ptr<Acc<T>>();
+    const auto* const vars = used_var.const_data_ptr<Acc<T>>();
     const auto* const weights = data_or_null<Acc<T>>(w);
     const auto* const biases = data_or_null<Acc<T>>(b);
     auto* const dweights = dweight.mutable_data_ptr<Acc<T>>();

@@ -125,11 +125,12 @@ class TestRegistration:
             t.requires_grad_(requires_grad)
         residual = residual if has_residual else None
         options = training, 1e-5, True
-        torch.library.opcheck(
-            torch.ops.fastres.batch_norm_relu.default, (x, residual, weight, bias, *running, *options)
-        )
+        arguments = x, residual, weight, bias, *running, training, 0.1, *options[1:]
+        torch.library.opcheck(torch.ops.fastres.batch_norm_relu.default, arguments)
         with torch.no_grad():
-            y, mean, var = torch.ops.fastres.batch_norm_relu(x, residual, weight, bias, *running, *options)
+            y, mean, var = torch.ops.fastres.batch_norm_relu(*arguments)
+        if not training:
+            mean, var = running
         torch.library.opcheck(
             torch.ops.fastres.batch_norm_relu_backward.default,
             (grad, *(t.detach() for t in (x, y)), None, bias.detach(), mean, var, *options),

@@ -36,7 +36,10 @@ def test_agrees_with_float64(shape, dtype, channels_last, has_residual, relu, tr
     x, residual, grad = activation() * 2 + 1, activation() if has_residual else None, activation()
     weight, bias, running_mean = torch.randn(3, shape[1]).unbind()
     running_var = torch.rand(shape[1]) + 0.5
-    y, mean, var = triton_kernels.forward(x, residual, weight, bias, running_mean, running_var, training, 1e-5, relu)
+    running = running_mean.clone(), running_var.clone()
+    y, mean, var = triton_kernels.forward(x, residual, weight, bias, *running, training, 0.3, 1e-5, relu)
+    if not training:
+        mean, var = running
     output = y if has_residual and relu else None
     dx, dz, dweight, dbias = triton_kernels.backward(grad, x, output, weight, bias, mean, var, training, 1e-5, relu)
 
@@ -52,6 +55,11 @@ def test_agrees_with_float64(shape, dtype, channels_last, has_residual, relu, tr
     close(y.double(), expected, **tolerance)
     close(mean.double(), expected_mean, rtol=1e-5, atol=1e-5)
     close(var.double(), expected_var, rtol=1e-5, atol=1e-5)
+    if training:
+        rows = x.numel() / shape[1]
+        close(running[0].double(), 0.7 * running_mean.double() + 0.3 * expected_mean, rtol=1e-5, atol=1e-5)
+        expected_var = expected_var * rows / (rows - 1)
+        close(running[1].double(), 0.7 * running_var.double() + 0.3 * expected_var, rtol=1e-5, atol=1e-5)
     actual_grads = [dx, dz if output is not None else grad, dweight, dbias]
     if not has_residual:
         del actual_grads[1]
@@ -64,7 +72,7 @@ def test_agrees_with_float64(shape, dtype, channels_last, has_residual, relu, tr
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (3, 6, 40, 40)], ids=str)
 def test_large_mean_and_small_variance(shape):
     x = (torch.randn(shape) * 0.1 + 1e4).to(memory_format=torch.channels_last)
-    _, mean, var = triton_kernels.forward(x, None, None, None, None, None, True, 1e-5, True)
+    _, mean, var = triton_kernels.forward(x, None, None, None, None, None, True, 0.1, 1e-5, True)
     torch.testing.assert_close(mean.double(), x.double().mean([0, 2, 3]), rtol=1e-7, atol=1e-3)
     torch.testing.assert_close(var.double(), x.double().var([0, 2, 3], correction=0), rtol=1e-3, atol=0)
 
@@ -74,7 +82,7 @@ def test_large_mean_and_small_variance(shape):
 def test_what_is_not_finite_stays_in_its_channel(shape, value):
     x = torch.randn(shape)
     x[0, 1, 0, 0] = value
-    y, mean, _ = triton_kernels.forward(x, None, None, None, None, None, True, 1e-5, True)
+    y, mean, _ = triton_kernels.forward(x, None, None, None, None, None, True, 0.1, 1e-5, True)
     assert y[:, 1].isnan().all()
-    assert torch.equal(mean.isfinite(), torch.arange(shape[1]) != 1)
+    torch.testing.assert_close(mean, x.mean([0, 2, 3]), equal_nan=True)
     assert y[:, [0, 2]].isfinite().all()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastres.ops.batch_norm_relu import reference
-from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, statistics_dtype
+from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, new_statistics
 
 __all__ = ["batch_norm_relu"]
 
@@ -20,11 +20,14 @@ __all__ = ["batch_norm_relu"]
 OPAQUE_TO_COMPILER = True
 
 library = torch.library.Library("fastres", "FRAGMENT")
+# When training, mean and var are those of x, the variance biased, and the running ones move towards them, the
+# variance unbiased. In evaluation mean and var are empty, and x is normalised with the running ones.
 library.define(
-    "batch_norm_relu(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean,"
-    " Tensor? running_var, bool training, float eps, bool relu) -> (Tensor y, Tensor mean, Tensor var)"
+    "batch_norm_relu(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
+    " Tensor(b!)? running_var, bool training, float momentum, float eps, bool relu)"
+    " -> (Tensor y, Tensor mean, Tensor var)"
 )
-# The output is passed if there was a residual and ReLU was applied. The gradient before ReLU, dz, is then the
+# Mean and var are those that x was normalised with. The output is passed if there was a residual and ReLU was applied. The gradient before ReLU, dz, is then the
 # residual's, too; otherwise it is empty.
 library.define(
     "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor? output, Tensor? weight, Tensor? bias,"
@@ -73,13 +76,9 @@ def batch_norm_relu(
             x, running_mean, running_var, weight, bias,
             residual=residual, training=training, momentum=momentum, eps=eps, relu=relu,
         )  # fmt: skip
-    y, mean, var = torch.ops.fastres.batch_norm_relu(
-        x, residual, weight, bias, running_mean, running_var, training, eps, relu
+    y, _, _ = torch.ops.fastres.batch_norm_relu(
+        x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu
     )
-    if training and running_mean is not None and running_var is not None and x.numel() > 0:
-        count = x.numel() // x.size(1)
-        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-        running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
     return y
 
 
@@ -110,16 +109,15 @@ def _check(
 
 
 @torch.library.register_fake("fastres::batch_norm_relu", lib=library)
-def _(x, *_):  # type: ignore[no-untyped-def]
-    statistics = x.new_empty(x.size(1), dtype=statistics_dtype(x))
-    return torch.empty_like(dense(x, is_channels_last(x))), statistics, torch.empty_like(statistics)
+def _(x, residual, weight, bias, running_mean, running_var, training, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(dense(x, is_channels_last(x))), *new_statistics(x, training)
 
 
 @torch.library.register_fake("fastres::batch_norm_relu_backward", lib=library)
-def _(grad, x, output, weight, bias, mean, *_):  # type: ignore[no-untyped-def]
+def _(grad, x, output, *_):  # type: ignore[no-untyped-def]
     dx = torch.empty_like(dense(x, is_channels_last(x)))
     dz = x.new_empty(0) if output is None else torch.empty_like(dx)
-    return dx, dz, torch.empty_like(mean), torch.empty_like(mean)
+    return dx, dz, *new_statistics(x)
 
 
 class _BatchNormReLU(torch.autograd.Function):
@@ -132,18 +130,19 @@ class _BatchNormReLU(torch.autograd.Function):
     def forward(ctx, x, residual, weight, bias, *options):  # type: ignore[no-untyped-def]
         with torch._C._AutoDispatchBelowAutograd():
             y, mean, var = torch.ops.fastres.batch_norm_relu.default(x, residual, weight, bias, *options)
-        _running_mean, _running_var, training, eps, relu = options
+        running_mean, running_var, training, _momentum, eps, relu = options
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         ctx.has_residual = residual is not None
-        ctx.save_for_backward(x, y if ctx.has_residual and relu else None, weight, bias, mean, var)
+        statistics = (mean, var) if training else (running_mean, running_var)
+        ctx.save_for_backward(x, y if ctx.has_residual and relu else None, weight, bias, *statistics)
         ctx.options = training, eps, relu
         return y, mean, var
 
     @staticmethod
     def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
         if grad is None:
-            return (None,) * 9
+            return (None,) * 10
         x, output, weight, bias, mean, var = ctx.saved_tensors
         dx, dz, dweight, dbias = torch.ops.fastres.batch_norm_relu_backward.default(
             grad, x, output, weight, bias, mean, var, *ctx.options
@@ -153,7 +152,7 @@ class _BatchNormReLU(torch.autograd.Function):
             (grad if output is None else dz) if ctx.has_residual else None,
             None if weight is None else dweight.to(weight.dtype),
             None if bias is None else dbias.to(bias.dtype),
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 

@@ -9,6 +9,13 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def new_statistics(x: Tensor, wanted: bool = True) -> tuple[Tensor, Tensor]:
+    """Two uninitialised tensors `[C]`, or empty ones, in the type of the statistics of `x`."""
+    shape = x.size(1) if wanted else 0
+    dtype = statistics_dtype(x)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
 def dense(tensor: Tensor, channels_last: bool) -> Tensor:
     """The tensor with no gaps between its elements, the channels side by side if `channels_last`."""
     if channels_last:

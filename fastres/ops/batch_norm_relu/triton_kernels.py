@@ -4,6 +4,8 @@
 A tensor whose channels fit into one program's registers is read once. Larger ones take two passes: statistics
 by splits of the rows, merged as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for
 computing sample variances" (1979), then the result. All sums are float32 (float64 for float64 inputs).
+The passes that reduce go backwards, those that map go forwards: each begins with what the kernel before it, be that
+the convolution that made x, has left in the cache.
 
 A row is the channels of one pixel. Row r of a channels-last tensor starts at r * C and has stride 1; of a
 contiguous one with planes of P pixels it starts at (r // P) * C * P + r % P and has stride P.
@@ -16,7 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, statistics_dtype
+from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, new_statistics, statistics_dtype
+
+
+MERGED_CHANNELS = 8  # by one program: a sector of 32 bytes from each split
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Tiling:
     once: bool  # one program holds all rows of its channels
     block_rows: int
     block_channels: int
-    splits: int  # programs that share the rows of a channel, when reducing
+    splits: int  # programs that share the tiles of a channel, when reducing
     num_warps: int
 
 
@@ -84,11 +89,11 @@ def _before_relu(dy, centered, y, offsets, valid, scale, bias, has_residual: tl.
 
 @triton.jit
 def forward_once(
-    x, residual, weight, bias, y, mean, var, rows, channels, plane, eps,
-    channels_last: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, dtype: tl.constexpr,
-    block_rows: tl.constexpr, block_channels: tl.constexpr,
+    x, residual, weight, bias, y, mean, var, running_mean, running_var, momentum, rows, channels, plane, eps,
+    channels_last: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, has_running: tl.constexpr,
+    dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """y, mean and var of all rows of a block of channels; x is read once."""
+    """y and all statistics of all rows of a block of channels; x is read once."""
     row = tl.arange(0, block_rows)
     channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
     valid_channel = channel < channels
@@ -98,8 +103,9 @@ def forward_once(
     mean_c = tl.sum(values, 0) / rows
     centered = tl.where(valid, values - mean_c[None, :], 0.0)
     var_c = tl.sum(centered * centered, 0) / rows
-    tl.store(mean + channel, mean_c, valid_channel)
-    tl.store(var + channel, var_c, valid_channel)
+    _store_statistics(
+        channel, valid_channel, mean_c, var_c, mean, var, running_mean, running_var, momentum, rows, has_running
+    )
     scale = tl.load(weight + channel, valid_channel, other=0.0).to(dtype) / tl.sqrt(var_c + eps)
     bias_c = tl.load(bias + channel, valid_channel, other=0.0).to(dtype)
     z = _normalized(values, residual, offsets, valid, mean_c, scale, bias_c, has_residual, relu)
@@ -107,57 +113,93 @@ def forward_once(
 
 
 @triton.jit
+def _tile_from_the_end(i, rows, block_rows: tl.constexpr):
+    """The rows of the i-th tile from the end; negative ones are none."""
+    return rows - (i + 1) * block_rows + tl.arange(0, block_rows)
+
+
+@triton.jit
+def _merged(counts, means, deviations, total):
+    """Mean and sum of squared deviations of a whole from those of its parts."""
+    near = tl.sum(means * counts, 0) / total
+    delta = means - near[None, :]
+    rest = tl.sum(delta * counts, 0) / total  # what rounding cost the mean, which may be large
+    rest = tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
+    deviations = tl.where(deviations < 0, 0.0, deviations)  # NaN stays NaN
+    return near + rest, tl.sum(deviations + delta * delta * counts, 0) - rest * rest * total
+
+
+@triton.jit
+def _store_statistics(
+    channel, valid, mean_c, var_c, mean, var, running_mean, running_var, momentum, rows, has_running: tl.constexpr
+):
+    tl.store(mean + channel, mean_c, valid)
+    tl.store(var + channel, var_c, valid)
+    if has_running:
+        old_mean = tl.load(running_mean + channel, valid, other=0.0)
+        old_var = tl.load(running_var + channel, valid, other=0.0)
+        new_mean = old_mean.to(mean_c.dtype) * (1 - momentum) + mean_c * momentum
+        unbiased = var_c * (rows / (rows - 1.0))
+        new_var = old_var.to(var_c.dtype) * (1 - momentum) + unbiased * momentum
+        tl.store(running_mean + channel, new_mean.to(old_mean.dtype), valid)
+        tl.store(running_var + channel, new_var.to(old_var.dtype), valid)
+
+
+@triton.jit
 def split_moments(
-    x, counts, means, deviations, rows, channels, plane, split_rows: tl.constexpr,
+    x, counts, means, deviations, rows, channels, plane, splits: tl.constexpr, split_tiles: tl.constexpr,
     channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and sum of squared deviations of the rows of one split, by channel."""
     split = tl.program_id(1)
     channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
     valid_channel = channel < channels
-    begin = split * split_rows
-    end = tl.minimum(begin + split_rows, rows)
-    # Near the mean, lest the sum of squares cancel; an infinite one would turn infinities into NaN.
-    row = begin + tl.arange(0, block_rows)
-    valid = (row < end)[:, None] & valid_channel[None, :]
+    row = _tile_from_the_end(split, rows, block_rows)
+    valid = (row >= 0)[:, None] & valid_channel[None, :]
     first = tl.load(x + _offsets(row, channel, plane, channels, channels_last), valid, other=0.0).to(dtype)
-    shift = tl.sum(first, 0) / tl.minimum(end - begin, block_rows)
-    shift = tl.where(tl.abs(shift) < float("inf"), shift, 0.0)
-    sums = tl.zeros([block_rows, block_channels], dtype)
-    squares = tl.zeros([block_rows, block_channels], dtype)
-    for start in range(0, split_rows, block_rows):
-        row = begin + start + tl.arange(0, block_rows)
-        valid = (row < end)[:, None] & valid_channel[None, :]
+    # Each place of the tile subtracts its first value, lest the sum of squares cancel; an infinite one would turn
+    # infinities into NaN.
+    shift = tl.where(tl.abs(first) < float("inf"), first, 0.0)
+    sums = first - shift
+    squares = sums * sums
+    for i in range(1, split_tiles):
+        row = _tile_from_the_end(i * splits + split, rows, block_rows)
+        valid = (row >= 0)[:, None] & valid_channel[None, :]
         values = tl.load(x + _offsets(row, channel, plane, channels, channels_last), valid, other=0.0).to(dtype)
-        shifted = tl.where(valid, values - shift[None, :], 0.0)
+        shifted = tl.where(valid, values - shift, 0.0)
         sums += shifted
         squares += shifted * shifted
-    count = (end - begin).to(dtype)
-    total = tl.sum(sums, 0)
+    row = _tile_from_the_end(split, rows, block_rows)
+    count = tl.where(row >= 0, row // (splits * block_rows) + 1, 0)
+    total = tl.sum(count, 0).to(dtype)
+    count = count.to(dtype)[:, None]
+    mean_p = sums / tl.maximum(count, 1)
+    mean_c, deviation_c = _merged(count, shift + mean_p, squares - sums * mean_p, total)
     at = split * channels + channel
-    tl.store(counts + split, count)
-    tl.store(means + at, shift + total / count, valid_channel)
-    tl.store(deviations + at, tl.sum(squares, 0) - total * total / count, valid_channel)
+    tl.store(counts + split, total)
+    tl.store(means + at, mean_c, valid_channel)
+    tl.store(deviations + at, deviation_c, valid_channel)
 
 
 @triton.jit
 def merge_moments(
-    counts, means, deviations, mean, var, rows, channels, splits,
-    block_splits: tl.constexpr, block_channels: tl.constexpr,
+    counts, means, deviations, mean, var, running_mean, running_var, momentum, rows, channels,
+    splits: tl.constexpr, has_running: tl.constexpr, block_splits: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """Mean and biased variance from those of the splits."""
+    """Mean and biased variance from the moments of the splits, and the running statistics."""
     split = tl.arange(0, block_splits)
     channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
-    valid = (split < splits)[:, None] & (channel < channels)[None, :]
+    valid_channel = channel < channels
+    valid = (split < splits)[:, None] & valid_channel[None, :]
     at = split[:, None] * channels + channel[None, :]
     count = tl.load(counts + split, split < splits, other=0.0)[:, None]
     mean_s = tl.load(means + at, valid, other=0.0)
-    deviation = tl.load(deviations + at, valid, other=0.0)
-    mean_c = tl.sum(mean_s * count, 0) / rows
-    delta = mean_s - mean_c[None, :]
-    deviation = tl.where(deviation < 0, 0.0, deviation) + tl.where(valid, delta * delta * count, 0.0)
-    tl.store(mean + channel, mean_c, channel < channels)
-    tl.store(var + channel, tl.sum(deviation, 0) / rows, channel < channels)
+    deviation_s = tl.load(deviations + at, valid, other=0.0)
+    mean_c, deviation_c = _merged(count, mean_s, deviation_s, rows)
+    _store_statistics(
+        channel, valid_channel, mean_c, deviation_c / rows,
+        mean, var, running_mean, running_var, momentum, rows, has_running,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -167,8 +209,8 @@ def normalize(
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual) for a tile."""
-    row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    channel = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
+    row = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
     valid = (row < rows)[:, None] & (channel < channels)[None, :]
     offsets = _offsets(row, channel, plane, channels, channels_last)
     mean_c, invstd, weight_c, bias_c = _affine(channel, channel < channels, weight, bias, mean, var, eps, dtype)
@@ -207,7 +249,8 @@ def backward_once(
 
 @triton.jit
 def split_sums(
-    grad, x, y, weight, bias, mean, var, dz, dweights, dbiases, rows, channels, plane, split_rows: tl.constexpr, eps,
+    grad, x, y, weight, bias, mean, var, dz, dweights, dbiases, rows, channels, plane, eps,
+    splits: tl.constexpr, split_tiles: tl.constexpr,
     channels_last: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, dtype: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
@@ -216,13 +259,11 @@ def split_sums(
     channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
     valid_channel = channel < channels
     mean_c, invstd, weight_c, bias_c = _affine(channel, valid_channel, weight, bias, mean, var, eps, dtype)
-    begin = split * split_rows
-    end = tl.minimum(begin + split_rows, rows)
     sums = tl.zeros([block_rows, block_channels], dtype)
     products = tl.zeros([block_rows, block_channels], dtype)
-    for start in range(0, split_rows, block_rows):
-        row = begin + start + tl.arange(0, block_rows)
-        valid = (row < end)[:, None] & valid_channel[None, :]
+    for i in range(split_tiles):
+        row = _tile_from_the_end(i * splits + split, rows, block_rows)
+        valid = (row >= 0)[:, None] & valid_channel[None, :]
         offsets = _offsets(row, channel, plane, channels, channels_last)
         dy = tl.load(grad + offsets, valid, other=0.0).to(dtype)
         centered = tl.load(x + offsets, valid, other=0.0).to(dtype) - mean_c[None, :]
@@ -237,14 +278,28 @@ def split_sums(
 
 
 @triton.jit
+def merge_sums(
+    dweights, dbiases, dweight, dbias, channels,
+    splits: tl.constexpr, block_splits: tl.constexpr, block_channels: tl.constexpr,
+):  # fmt: skip
+    """The gradients of weight and bias from those of the splits."""
+    split = tl.arange(0, block_splits)
+    channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
+    valid = (split < splits)[:, None] & (channel < channels)[None, :]
+    at = split[:, None] * channels + channel[None, :]
+    tl.store(dweight + channel, tl.sum(tl.load(dweights + at, valid, other=0.0), 0), channel < channels)
+    tl.store(dbias + channel, tl.sum(tl.load(dbiases + at, valid, other=0.0), 0), channel < channels)
+
+
+@triton.jit
 def input_gradient(
     grad, x, weight, bias, mean, var, dweight, dbias, dx, rows, channels, plane, eps,
     channels_last: tl.constexpr, relu: tl.constexpr, training: tl.constexpr, dtype: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """dx = scale * (dz - (dbias + (x - mean) * invstd * dweight) / rows); in evaluation dx = scale * dz."""
-    row = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    channel = tl.program_id(1) * block_channels + tl.arange(0, block_channels)
+    channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
+    row = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
     valid_channel = channel < channels
     valid = (row < rows)[:, None] & valid_channel[None, :]
     offsets = _offsets(row, channel, plane, channels, channels_last)
@@ -264,32 +319,41 @@ class _Launch:
     """What every kernel needs to know about a tensor."""
 
     def __init__(self, x: Tensor) -> None:
-        self.channels_last = is_channels_last(x)
         self.channels = x.size(1)
         self.rows = x.numel() // self.channels
         self.plane = self.rows // x.size(0)
-        self.tiling = tiling(self.rows, self.channels, self.channels_last)
-        self.split_rows = triton.cdiv(self.rows, self.tiling.splits)
-        self.splits = triton.cdiv(self.rows, self.split_rows)
+        channels_last = is_channels_last(x)
+        self.tiling = tiling(self.rows, self.channels, channels_last)
         self.options = {
-            "channels_last": self.channels_last,
+            "channels_last": channels_last,
             "dtype": tl.float64 if x.dtype == torch.float64 else tl.float32,
             "block_rows": self.tiling.block_rows,
             "block_channels": self.tiling.block_channels,
             "num_warps": self.tiling.num_warps,
         }
+        tiles = triton.cdiv(self.rows, self.tiling.block_rows)
+        self.channel_grid = (triton.cdiv(self.channels, self.tiling.block_channels),)
+        self.tile_grid = (*self.channel_grid, tiles)
+        self.split_grid = (*self.channel_grid, self.tiling.splits)
+        self.split_options = {"splits": self.tiling.splits, "split_tiles": triton.cdiv(tiles, self.tiling.splits)}
+        block_channels = min(MERGED_CHANNELS, self.tiling.block_channels)
+        self.merge_grid = (triton.cdiv(self.channels, block_channels),)
+        self.merge_options = {
+            "splits": self.tiling.splits,
+            "block_splits": triton.next_power_of_2(self.tiling.splits),
+            "block_channels": block_channels,
+        }
 
-    @property
-    def channel_grid(self) -> tuple[int]:
-        return (triton.cdiv(self.channels, self.tiling.block_channels),)
+    def parts(self, count: int, like: Tensor) -> tuple[Tensor, ...]:
+        """``count`` uninitialised tensors ``[splits, channels]``."""
+        return like.new_empty(count, self.tiling.splits, self.channels).unbind()
 
-    @property
-    def split_grid(self) -> tuple[int, int]:
-        return (*self.channel_grid, self.splits)
 
-    @property
-    def tile_grid(self) -> tuple[int, int]:
-        return (triton.cdiv(self.rows, self.tiling.block_rows), *self.channel_grid)
+def _affine_parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    channels, dtype = x.size(1), statistics_dtype(x)
+    weight = x.new_ones(channels, dtype=dtype) if weight is None else weight.contiguous()
+    bias = x.new_zeros(channels, dtype=dtype) if bias is None else bias.contiguous()
+    return weight, bias
 
 
 def forward(
@@ -300,39 +364,41 @@ def forward(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     training: bool,
+    momentum: float,
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastres::batch_norm_relu`: y, and the mean and biased variance that it was normalised with."""
+    """`fastres::batch_norm_relu`: y, and the mean and biased variance of x if training."""
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
     y = torch.empty_like(x)
-    mean = x.new_empty(x.size(1), dtype=statistics_dtype(x))
-    var = torch.empty_like(mean)
+    mean, var = new_statistics(x, training)
     if x.numel() == 0:
         return y, mean.zero_(), var.zero_()
     launch = _Launch(x)
     flags = {"has_residual": residual is not None, "relu": relu, **launch.options}
-    weight = torch.ones_like(mean) if weight is None else weight
-    bias = torch.zeros_like(mean) if bias is None else bias
+    affine = _affine_parameters(x, weight, bias)
     other = x if residual is None else dense(residual, channels_last)
     shape = launch.rows, launch.channels, launch.plane
-    if training and launch.tiling.once:
-        forward_once[launch.channel_grid](x, other, weight, bias, y, mean, var, *shape, eps, **flags)
+    running = [t.contiguous() for t in (running_mean, running_var) if t is not None]
+    if not training:
+        normalize[launch.tile_grid](x, other, *affine, *running, y, *shape, eps, **flags)
         return y, mean, var
-    if training:
-        counts = mean.new_empty(launch.splits)
-        means, deviations = mean.new_empty(2, launch.splits, launch.channels).unbind()
-        split_moments[launch.split_grid](x, counts, means, deviations, *shape, launch.split_rows, **launch.options)
-        block_channels = min(16, launch.tiling.block_channels)
-        merge_moments[(triton.cdiv(launch.channels, block_channels),)](
-            counts, means, deviations, mean, var, launch.rows, launch.channels, launch.splits,
-            block_splits=triton.next_power_of_2(launch.splits), block_channels=block_channels,
-        )  # fmt: skip
-    elif running_mean is not None and running_var is not None:
-        mean.copy_(running_mean)
-        var.copy_(running_var)
-    normalize[launch.tile_grid](x, other, weight, bias, mean, var, y, *shape, eps, **flags)
+    statistics = mean, var, *(running or (mean, var)), momentum
+    if launch.tiling.once:
+        forward_once[launch.channel_grid](
+            x, other, *affine, y, *statistics, *shape, eps, has_running=bool(running), **flags
+        )
+    else:
+        parts = launch.parts(3, mean)
+        split_moments[launch.split_grid](x, *parts, *shape, **launch.split_options, **launch.options)
+        merge_moments[launch.merge_grid](
+            *parts, *statistics, *shape[:2], has_running=bool(running), **launch.merge_options
+        )
+        normalize[launch.tile_grid](x, other, *affine, mean, var, y, *shape, eps, **flags)
+    for given, updated in zip((running_mean, running_var), running, strict=False):
+        if given is not None and given is not updated:  # not contiguous
+            given.copy_(updated)
     return y, mean, var
 
 
@@ -353,41 +419,26 @@ def backward(
     x, grad = dense(x, channels_last), dense(grad, channels_last)
     dx = torch.empty_like(x)
     dz = x.new_empty(0) if output is None else torch.empty_like(x)
+    dweight, dbias = new_statistics(x)
     if x.numel() == 0:
-        return dx, dz, torch.zeros_like(mean), torch.zeros_like(mean)
+        return dx, dz, dweight.zero_(), dbias.zero_()
     launch = _Launch(x)
     flags = {"has_residual": output is not None, "relu": relu, **launch.options}
-    weight = torch.ones_like(mean) if weight is None else weight
-    bias = torch.zeros_like(mean) if bias is None else bias
+    constants = *_affine_parameters(x, weight, bias), mean.contiguous(), var.contiguous()
     y = x if output is None else dense(output, channels_last)
     shape = launch.rows, launch.channels, launch.plane
     if launch.tiling.once:
-        dweight, dbias = torch.empty_like(mean), torch.empty_like(mean)
         backward_once[launch.channel_grid](
-            grad,
-            x,
-            y,
-            weight,
-            bias,
-            mean,
-            var,
-            dx,
-            dz,
-            dweight,
-            dbias,
-            *shape,
-            eps,
-            training=training,
-            **flags,
+            grad, x, y, *constants, dx, dz, dweight, dbias, *shape, eps, training=training, **flags
         )
         return dx, dz, dweight, dbias
-    dweights, dbiases = mean.new_empty(2, launch.splits, launch.channels).unbind()
+    dweights, dbiases = launch.parts(2, dweight)
     split_sums[launch.split_grid](
-        grad, x, y, weight, bias, mean, var, dz, dweights, dbiases, *shape, launch.split_rows, eps, **flags
+        grad, x, y, *constants, dz, dweights, dbiases, *shape, eps, **launch.split_options, **flags
     )
-    dweight, dbias = dweights.sum(0), dbiases.sum(0)
+    merge_sums[launch.merge_grid](dweights, dbiases, dweight, dbias, launch.channels, **launch.merge_options)
     input_gradient[launch.tile_grid](
-        grad if output is None else dz, x, weight, bias, mean, var, dweight, dbias, dx, *shape, eps,
+        grad if output is None else dz, x, *constants, dweight, dbias, dx, *shape, eps,
         relu=relu and output is None, training=training, **launch.options,
     )  # fmt: skip
     return dx, dz, dweight, dbias
