@@ -110,6 +110,10 @@ class TestAgainstFloat64:
         pytest.importorskip("triton")
         run_pytest(str(Path(__file__).with_name("triton_interpreter.py")), TRITON_INTERPRET="1")
 
+    def test_triton_kernels_compiled(self):
+        pytest.importorskip("triton")
+        run_pytest(str(Path(__file__).with_name("triton_compile.py")))
+
 
 class TestRegistration:
     @pytest.mark.parametrize("device", DEVICES)
