@@ -28,6 +28,20 @@ def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int) -> d
     return {name: np.array(values) for name, values in seconds.items()}
 
 
+def kernels_alone(run: Callable[[], object]) -> Callable[[], object]:
+    """`run` as a CUDA graph, which takes as long as its kernels and not as Python; where there is no GPU, itself."""
+    if not torch.cuda.is_available():
+        return run
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):  # compiles, and chooses algorithms
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def percentiles(values: np.ndarray) -> dict[str, float]:
     """The 20th, 50th and 80th percentile."""
     return {f"p{p}": float(np.percentile(values, p)) for p in (20, 50, 80)}

@@ -18,6 +18,7 @@ from fastres.config import TrainConfig
 from fastres.models import create_model
 from fastres.profile import Resident, first_batch, planned_loader, synthetic, train
 from fastres.training.baseline import StudyLoop
+from fastres.training.hardware import tune_libraries
 from fastres.training.run import resolve, steps_per_epoch
 from fastres.training.trainer import Trainer
 
@@ -46,16 +47,32 @@ def make_trainer(config, dataset):
     return Trainer(model, config, torch.device(config.device), 10, steps_per_epoch(config, len(dataset.train)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def libraries_as_in_training():
+    tune_libraries("cuda" if ON_GPU else "cpu")
+
+
 def make_eager(config):
     torch.manual_seed(config.seed)
-    config = replace(config, channels_last=False, amp="off", fused=False, compile=False)
+    config = replace(config, channels_last=False, amp="off", fused=False, compile=False, cuda_graphs=False)
     return StudyLoop(
         create_model(config.model, 10, bool(config.zero_gamma), fused=False), config, torch.device(config.device)
     )
 
 
 def describe(benchmark, what, config):
-    names = ("model", "batch_size", "device", "channels_last", "amp", "loader", "fused", "compile")
+    names = (
+        "model",
+        "batch_size",
+        "device",
+        "channels_last",
+        "amp",
+        "loader",
+        "fused",
+        "compile",
+        "compile_mode",
+        "cuda_graphs",
+    )
     benchmark.extra_info.update(what=what, **{name: getattr(config, name) for name in names})
 
 
@@ -63,6 +80,7 @@ def describe(benchmark, what, config):
 def test_step(benchmark, model, dataset):
     config = defaults(model, dataset)
     trainer, eager = make_trainer(config, dataset), make_eager(config)
+    trainer.warm_up()
     step = Resident(first_batch(config, dataset), 1)
     candidates = {
         "fastres": lambda: train(trainer, step),
@@ -82,7 +100,7 @@ def test_step(benchmark, model, dataset):
 def test_epoch(benchmark, model, dataset):
     config = defaults(model, dataset)
     trainer, loader = make_trainer(config, dataset), planned_loader(config, dataset, IMAGES // BATCH)
-    train(trainer, Resident(first_batch(config, dataset), 1))
+    trainer.warm_up()
     numbers, results = count(), []
     benchmark.pedantic(lambda: results.append(train(trainer, loader, next(numbers))), rounds=EPOCH_ROUNDS)
     describe(benchmark, "epoch", config)
@@ -99,7 +117,7 @@ def test_compile_warm_up(benchmark, model, dataset, monkeypatch):
     """The first step of a compiled model, with nothing in the compiler's caches."""
     monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
     torch.compiler.reset()
-    config = replace(defaults(model, dataset), compile=True)
+    config = replace(defaults(model, dataset), compile=True, cuda_graphs=False)
     trainer, step = make_trainer(config, dataset), Resident(first_batch(config, dataset), 1)
     describe(benchmark, "compile", config)
     benchmark.pedantic(lambda: train(trainer, step), rounds=1)

@@ -15,7 +15,7 @@ from fastres.data.plan import AUGMENTATIONS
 from fastres.errors import UserError
 from fastres.models import MODELS
 
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_MODES = ("auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def flag(group: str, help: str, default: Any, choices: Sequence[str] | None = None) -> Any:
@@ -92,7 +92,16 @@ class TrainConfig:
     channels_last: bool = flag("Engine", "channels-last memory format", True)
     compile: bool | None = flag("Engine", "torch.compile the model; auto: on CUDA, if the run is long enough", None)
     compile_mode: str = flag(
-        "Engine", "of torch.compile; reduce-overhead and max-autotune record CUDA graphs", "default", COMPILE_MODES
+        "Engine",
+        "of torch.compile; reduce-overhead and max-autotune record CUDA graphs; auto: reduce-overhead on CUDA",
+        "auto",
+        COMPILE_MODES,
+    )
+    cuda_graphs: bool | None = flag(
+        "Engine",
+        "record the training step of a model that is not compiled as CUDA graphs, so that the GPU need not wait for "
+        "Python; auto: on CUDA, in a single process",
+        None,
     )
 
     output_dir: Path | None = flag("Output", "folder of the run; auto: runs/MODEL-DATASET-TIME", None)

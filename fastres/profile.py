@@ -29,12 +29,13 @@ from fastres.report.profile import advice, plot_profile, profile_table
 from fastres.roofline import forward_macs, limit_seconds, measure_machine, step_kernels
 from fastres.training import distributed
 from fastres.training.baseline import StudyLoop
-from fastres.training.memory import keep_freed_memory
+from fastres.training.hardware import tune_libraries
 from fastres.training.run import commit, device_name, resolve, steps_per_epoch, versions, write_json
 from fastres.training.trainer import AMP_DTYPES, Epoch, Trainer
 
 BATCH_SIZES = {"cuda": 128, "cpu": 32}  # the studies' 128 takes a CPU longer than one waits for a profile
 RIVAL = "compile, not fused"
+RECORDED = "CUDA graphs, no compile"
 LEAST_STEPS = 2  # in a round
 LOADER_IMAGES = 20_000  # so that the start of the loader is a small part of a pass
 LOADER_PASSES = 3
@@ -174,9 +175,9 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
         raise UserError(f"--output-dir {defaults.output_dir}: already holds a profile; choose another folder")
     console.print(f"dataset: {dataset.name}, {len(dataset.train):,} training images\n{why}")
     device = torch.device(defaults.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-        console.print("freed memory is kept for every variant: a process cannot undo that, so eager gains from it, too")
+    tune_libraries(device.type)
+    tuned = "freed memory is kept" if device.type == "cpu" else "cuDNN tries its algorithms"
+    console.print(f"{tuned} for every variant: that is a setting of the process, so eager gains from it, too")
     dtype = AMP_DTYPES[defaults.amp]
     machine = measure_machine(device, dtype)
     console.print(
@@ -289,8 +290,11 @@ def build_variants(
     config: ProfileConfig, defaults: TrainConfig, dataset: Dataset, device: torch.device
 ) -> tuple[list[Variant], list[str]]:
     """The studies' loop, then that loop with one thing more at a time, fastres' loop with torch's own modules compiled
-    instead of the fused operator, and fastres; and a line for each step that is left out, with the reason."""
-    current = replace(defaults, channels_last=False, amp="off", loader="eager", fused=False, compile=False)
+    instead of the fused operator, on CUDA recorded instead of compiled, and fastres; and a line for each step that is
+    left out, with the reason."""
+    current = replace(
+        defaults, channels_last=False, amp="off", loader="eager", fused=False, compile=False, cuda_graphs=False
+    )
     compile_too = config.compile_variant
     if compile_too is None:
         compile_too = device.type == "cuda"
@@ -314,13 +318,15 @@ def build_variants(
     def engine(name: str, config: TrainConfig) -> StudyLoop | Trainer:
         torch.manual_seed(config.seed)
         model = create_model(config.model, len(dataset.classes), bool(config.zero_gamma), config.fused)
-        if name not in ("fastres", RIVAL):
+        if name not in ("fastres", RIVAL, RECORDED):
             return StudyLoop(model, config, device)
         return Trainer(model, config, device, len(dataset.classes), steps_per_epoch(config, len(dataset.train)))
 
     if compile_too:
         mode = "max-autotune" if device.type == "cuda" else "default"
-        variants.append((RIVAL, replace(defaults, fused=False, compile=True, compile_mode=mode)))
+        variants.append((RIVAL, replace(defaults, fused=False, compile=True, compile_mode=mode, cuda_graphs=False)))
+    if device.type == "cuda" and defaults.compile:
+        variants.append((RECORDED, replace(defaults, compile=False, cuda_graphs=True)))
     variants.append(("fastres", defaults))
     return [Variant(name, settings, engine(name, settings)) for name, settings in variants], left_out
 
@@ -354,6 +360,8 @@ def warm_up(variant: Variant, dataset: Dataset, console: Console) -> float:
     seconds."""
     step = Resident(first_batch(variant.config, dataset), 1)
     start = time.perf_counter()
+    if isinstance(variant.engine, Trainer):
+        variant.engine.warm_up()
     train(variant.engine, step)
     variant.warm_up_seconds = time.perf_counter() - start
     seconds, variant.peak_memory_mb = watch_memory(variant.engine, step)
@@ -416,7 +424,7 @@ def row(variant: Variant, images: int, limit: float, eager: Variant) -> dict[str
         "warm_up_seconds": variant.warm_up_seconds,
         "engine": {
             name: getattr(variant.config, name)
-            for name in ("channels_last", "amp", "loader", "fused", "compile", "compile_mode")
+            for name in ("channels_last", "amp", "loader", "fused", "compile", "compile_mode", "cuda_graphs")
         },
     }
 

@@ -32,8 +32,8 @@ from fastres.training.run import Run, resolve, write_json
 from fastres.training.trainer import Epoch
 
 EAGER: dict[str, Any] = {  # plain PyTorch, whose cost is compared; the schedule costs nothing
-    "loader": "eager", "amp": "off", "channels_last": False, "compile": False, "fused": False,
-    "schedule": "constant", "warmup_epochs": 0.0, "milestones": (),
+    "loader": "eager", "amp": "off", "channels_last": False, "compile": False, "cuda_graphs": False,
+    "fused": False, "schedule": "constant", "warmup_epochs": 0.0, "milestones": (),
 }  # fmt: skip
 EAGER_EPOCHS = 3  # the median leaves the first out, which warms up
 MEASURED_STEPS = 2  # of each model, for --dry-run; as many before them warm up
@@ -182,7 +182,8 @@ def plan_run(
         epochs=epochs,
         warmup_epochs=full.warmup_epochs * epochs / full.epochs,
         milestones=tuple(sorted({max(round(milestone * epochs / full.epochs), 1) for milestone in full.milestones})),
-        compile=settings.get("compile"),
+        compile=settings.get("compile"),  # chosen by the length of the run, which has changed
+        cuda_graphs=settings.get("cuda_graphs"),
     )
     final, _ = resolve(scaled, dataset)
     return PlannedRun(f"{definition.label}, seed {seed}", final, dataset, forward_gflop(final, dataset))

@@ -18,13 +18,13 @@ from fastres.report.plots import plot_curves
 from fastres.report.tables import summary_table
 from fastres.training import distributed
 from fastres.training.checkpoint import read_checkpoint
-from fastres.training.memory import keep_freed_memory
+from fastres.training.hardware import tune_libraries
 from fastres.training.run import Row, Run, resolve
 
 # what may differ between a checkpoint and the run that goes on from it
 RESUMABLE = {
-    "data_dir", "device", "loader", "workers", "compile", "compile_mode", "epochs", "eval_batch_size",
-    "checkpoint_every", "checkpoint_minutes", "checkpoint_steps",
+    "data_dir", "device", "loader", "workers", "compile", "compile_mode", "cuda_graphs", "epochs",
+    "eval_batch_size", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps",
 }  # fmt: skip
 
 
@@ -82,8 +82,7 @@ def train(given: dict[str, Any], resume: Path | None, console: Console) -> dict[
 def prepare(given: dict[str, Any], resume: Path | None, console: Console) -> Run:
     """The run that ``train`` trains; nothing is written yet."""
     config, dataset, checkpoint = distributed.from_rank_0(lambda: choose(given, resume, console))
-    if config.device == "cpu":
-        keep_freed_memory()
+    tune_libraries(config.device)
     return Run(config, dataset, checkpoint)
 
 

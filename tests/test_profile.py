@@ -185,7 +185,7 @@ def test_the_rival_is_the_compiled_model_without_the_operator():
 def measured(name, seconds, wait=0.0, **engine):
     default = {
         "channels_last": True, "amp": "bf16", "loader": "dali", "fused": True, "compile": False,
-        "compile_mode": "default",
+        "compile_mode": "default", "cuda_graphs": False,
     }  # fmt: skip
     return {
         "name": name,

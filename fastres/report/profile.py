@@ -24,6 +24,7 @@ FLAGS: dict[str, dict[Any, str]] = {
     "fused": {True: "--fused", False: "--no-fused"},
     "compile": {True: "--compile", False: "--no-compile"},
     "compile_mode": {mode: f"--compile-mode {mode}" for mode in COMPILE_MODES},
+    "cuda_graphs": {True: "--cuda-graphs", False: "--no-cuda-graphs"},
 }
 
 

@@ -3,7 +3,8 @@
 import torch
 
 from fastres.errors import UserError
-from fastres.training.distributed import local_device
+from fastres.training.distributed import local_device, world_size
+from fastres.training.memory import keep_freed_memory
 
 COMPILE_STEPS = 2000  # a run shorter than this may not win back the minute that compiling takes
 
@@ -45,3 +46,31 @@ def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> tup
         return False, "CPU"
     long_enough = steps >= COMPILE_STEPS
     return long_enough, f"{steps:,} steps, pays from about {COMPILE_STEPS:,}"
+
+
+def choose_compile_mode(name: str, device: torch.device) -> str:
+    """One of torch.compile's modes."""
+    if name != "auto":
+        return name
+    return "reduce-overhead" if device.type == "cuda" else "default"
+
+
+def choose_cuda_graphs(wanted: bool | None, device: torch.device, compiled: bool) -> tuple[bool, str]:
+    """Whether to record the training step, if that can be done here."""
+    if device.type == "cpu":
+        return False, "CPU"
+    if compiled:
+        return False, "the compiler's own, by --compile-mode"
+    if world_size() > 1:
+        return False, "several processes"
+    if wanted is not None:
+        return wanted, "asked for"
+    return True, "the GPU need not wait for Python"
+
+
+def tune_libraries(device_type: str) -> None:
+    """Settings of the whole process: memory that stays on the CPU, and cuDNN's trial of its algorithms on a GPU."""
+    if device_type == "cpu":
+        keep_freed_memory()
+    else:
+        torch.backends.cudnn.benchmark = True

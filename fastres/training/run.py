@@ -28,7 +28,13 @@ from fastres.errors import Interrupted, RunError, UserError
 from fastres.models import create_model
 from fastres.training import distributed
 from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights, write_atomically
-from fastres.training.hardware import choose_amp, choose_compile, choose_device
+from fastres.training.hardware import (
+    choose_amp,
+    choose_compile,
+    choose_compile_mode,
+    choose_cuda_graphs,
+    choose_device,
+)
 from fastres.training.trainer import Epoch, Evaluation, Trainer
 
 Row = dict[str, Any]
@@ -54,6 +60,7 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
     device, device_why = choose_device(config.device)
     amp, amp_why = choose_amp(config.amp, device)
     compiled, compile_why = choose_compile(config.compile, device, steps)
+    cuda_graphs, graphs_why = choose_cuda_graphs(config.cuda_graphs, device, compiled)
     loader, loader_why = choose_loader(config.loader)
     output_dir = config.output_dir or Path("runs") / f"{config.model}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
     zero_gamma = config.model.startswith("resnet") if config.zero_gamma is None else config.zero_gamma
@@ -63,12 +70,14 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
         device=device.type,
         amp=amp,
         compile=compiled,
+        compile_mode=choose_compile_mode(config.compile_mode, device),
+        cuda_graphs=cuda_graphs,
         loader=loader,
         output_dir=output_dir,
     )
     line = (
         f"device {device.type} ({device_why}), amp {amp} ({amp_why}), compile {'on' if compiled else 'off'} "
-        f"({compile_why}), loader {loader} ({loader_why})"
+        f"({compile_why}), CUDA graphs {'on' if cuda_graphs else 'off'} ({graphs_why}), loader {loader} ({loader_why})"
     )
     return chosen, line
 
@@ -270,6 +279,7 @@ class Run:
             "channels_last": config.channels_last,
             "compile": config.compile,
             "compile_mode": config.compile_mode,
+            "cuda_graphs": config.cuda_graphs,
             "fused": config.fused,
             "seed": config.seed,
             "versions": versions(),

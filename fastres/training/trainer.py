@@ -111,8 +111,18 @@ def compiled(model: nn.Module, config: TrainConfig) -> Callable[..., torch.Tenso
     return torch.compile(model, dynamic=False, mode=config.compile_mode) if config.compile else model
 
 
+def recorded(model: nn.Module, images: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``model`` in training, its passes forward and backward recorded as CUDA graphs for batches like ``images``.
+
+    The recording shares weights and buffers with the model, which itself stays as it is, and runs for other batches.
+    """
+    torch.cuda.make_graphed_callables(model, (images,))
+    replay = model.__dict__.pop("forward")
+    return lambda batch: replay(batch) if batch.shape == images.shape else model(batch)
+
+
 class Trainer:
-    """SGD on ``model`` as ``config`` says, with ``device``, ``amp`` and ``compile`` no longer ``auto``.
+    """SGD on ``model`` as ``config`` says, which ``resolve`` has left no ``auto`` in.
 
     The model is moved to the device and its memory format in place. In a job of several processes each trains on its
     share of every batch, and the step is that of the whole batch.
@@ -149,7 +159,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
 
     def warm_up(self) -> float:
-        """Compiles, if so configured, and lets libraries choose their kernels: one step and one evaluation of noise.
+        """Compiles or records, if so configured, and lets libraries choose their kernels: one step and one evaluation
+        of noise.
 
         Weights, statistics, optimizer and random state stay as they are. Returns the seconds that it took.
         """
@@ -157,19 +168,22 @@ class Trainer:
         state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             with enough_memory("--batch-size", self.config.batch_size):
-                self._warm_up(self.forward, self.config.batch_size, training=True)
+                self._warm_up(self.config.batch_size, training=True)
             with enough_memory("--eval-batch-size", self.config.eval_batch_size):
-                self._warm_up(self.predict, self.config.eval_batch_size, training=False)
+                self._warm_up(self.config.eval_batch_size, training=False)
         self.optimizer.zero_grad(set_to_none=True)
         self.model.load_state_dict(state)
         self.synchronize()
         return time.perf_counter() - start
 
-    def _warm_up(self, forward: Callable[..., torch.Tensor], batch_size: int, training: bool) -> None:
+    def _warm_up(self, batch_size: int, training: bool) -> None:
         size = distributed.largest_share(batch_size)
         images, labels = self._to_device(torch.randn(size, 3, 32, 32), torch.zeros(size, dtype=torch.int64))
         self.model.train(training)
         with torch.set_grad_enabled(training), self._autocast():
+            if training and self.config.cuda_graphs:
+                self.forward = recorded(self.model, images)
+            forward = self.forward if training else self.predict
             loss = F.cross_entropy(forward(images), labels)
         if training:
             loss.backward()
@@ -246,7 +260,10 @@ class Trainer:
             torch.cuda.synchronize(self.device)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, AMP_DTYPES[self.config.amp], enabled=self.config.amp != "off")
+        # nothing is cast twice in a step, and a recording must not hold what a cache would give it
+        return torch.autocast(
+            self.device.type, AMP_DTYPES[self.config.amp], enabled=self.config.amp != "off", cache_enabled=False
+        )
 
     def _to_device(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastres.config import TrainConfig
+from fastres.models import create_model
 from fastres.training.trainer import Epoch, Trainer
 
 SETTINGS = {"device": "cpu", "amp": "off", "compile": False, "schedule": "constant", "warmup_epochs": 0.0, "lr": 0.05}
@@ -152,6 +153,60 @@ def test_precision_and_layout_reach_the_model(amp, channels_last):
     assert out.dtype == (torch.bfloat16 if amp == "bf16" else torch.float32)
     assert out.is_contiguous(memory_format=torch.channels_last) == channels_last
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+def test_a_recording_is_for_whole_batches_and_leaves_the_model_as_it_is(monkeypatch):
+    replayed = []
+
+    def record(model, sample):  # as torch does it, on a GPU
+        eager = model.forward
+        model.forward = lambda images: replayed.append(len(images)) or eager(images)
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    batches = random_batches([8, 8, 5])
+    recording, plain = (make_trainer(batches, batch_size=8, cuda_graphs=flag) for flag in (True, False))
+    recording.warm_up()
+    replayed.clear()
+    train_epoch(recording, batches)
+    train_epoch(plain, batches)
+    assert replayed == [8, 8]
+    recording.evaluate(batches, 0)
+    assert replayed == [8, 8]
+    torch.testing.assert_close(recording.model.state_dict(), plain.model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{"cuda_graphs": True}, {"compile": True, "compile_mode": "reduce-overhead"}])
+def test_training_in_cuda_graphs_is_training(settings):
+    batches = random_batches([32] * 50)
+    losses = []
+    for engine in ({}, settings):
+        torch.manual_seed(0)
+        model = create_model("resnet18", 4, zero_gamma=True)
+        trainer = make_trainer(batches, model, device="cuda", batch_size=32, lr=0.01, **engine)
+        trainer.warm_up()
+        torch.manual_seed(0)
+        losses.append([train_epoch(trainer, Batches([batch])).loss for batch in batches.batches])
+    assert losses[1] == pytest.approx(losses[0], rel=5e-2)
+    assert losses[1][:5] == pytest.approx(losses[0][:5], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_recording_draws_new_dropout_at_every_step():
+    (images, _), *_ = random_batches([8]).batches
+    trainer = make_trainer(
+        random_batches([8]),
+        nn.Sequential(nn.Flatten(), nn.Linear(3072, 64), nn.Dropout()),
+        device="cuda",
+        batch_size=8,
+        cuda_graphs=True,
+    )
+    trainer.warm_up()
+    trainer.model.train()
+    images = images.cuda().to(memory_format=torch.channels_last)
+    with torch.autocast("cuda", enabled=False):
+        first, second = (trainer.forward(images).detach().clone() for _ in range(2))
+    assert not torch.equal(first == 0, second == 0)
 
 
 @pytest.mark.gpu

@@ -27,8 +27,8 @@ library.define(
     " Tensor(b!)? running_var, bool training, float momentum, float eps, bool relu)"
     " -> (Tensor y, Tensor mean, Tensor var)"
 )
-# Mean and var are those that x was normalised with. The output is passed if there was a residual and ReLU was applied. The gradient before ReLU, dz, is then the
-# residual's, too; otherwise it is empty.
+# Mean and var are those that x was normalised with. The output is passed if there was a residual and ReLU was applied.
+# The gradient before ReLU, dz, is then the residual's, too; otherwise it is empty.
 library.define(
     "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor? output, Tensor? weight, Tensor? bias,"
     " Tensor mean, Tensor var, bool training, float eps, bool relu)"

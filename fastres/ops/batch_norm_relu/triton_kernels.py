@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, new_statistics, statistics_dtype
 
-
 # That reduce a tensor: two for each of an H100's multiprocessors, which have the registers for as many at a time.
 PROGRAMS = 264
 MERGED_CHANNELS = 8  # by one program: a sector of 32 bytes from each split
