@@ -12,6 +12,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # also where the extension was only built in place
 BUDGET=${BUDGET:-520}
 if nvidia-smi -L >/dev/null 2>&1; then
     machine=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -cs 'A-Za-z0-9\n' -)
@@ -48,6 +49,7 @@ models=(resnet50 resnet18 vgg16 vgg19_bn_4096)
 batches=(128 512)
 sizes=(--seconds 6)
 training=(--dataset digits --epochs 8)
+interpreter=()
 [[ ${DATA:-} ]] && training=(--dataset folder --data-dir "$DATA" --epochs 24 --augmentation crop-flip-cutout)
 if [[ ${QUICK:-} ]]; then
     models=(vgg11)
@@ -55,20 +57,24 @@ if [[ ${QUICK:-} ]]; then
     sizes=(--seconds 1 --images 64 --rounds 1)
     training=(--dataset digits --epochs 2 --batch-size 256)
     export FASTRES_BENCHMARK_BATCH=2
+    [[ $machine == cpu ]] && interpreter=(env TRITON_INTERPRET=1)
 fi
 
-step gpu-tests 90 "$PYTHON" -m pytest -m gpu
-pytest operator 90 benchmarks/test_batch_norm_relu.py
+parallel=()
+"$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n 8) # compiling hundreds of kernels takes most of the time
+step gpu-tests 150 "$PYTHON" -m pytest -m gpu "${parallel[@]}"
+pytest operator 300 benchmarks/test_batch_norm_relu.py
 pytest loaders 60 benchmarks/test_loaders.py
 for batch in "${batches[@]}"; do
     for model in "${models[@]}"; do
         # compiling takes most of the time; ResNet-50 shows what it gains, and how its rival with max-autotune does
-        variant=--no-compile-variant limit=120
-        [[ $model == resnet50 ]] && variant=--compile-variant limit=240
+        variant=--no-compile-variant limit=90
+        [[ $model-$batch == resnet50-128 ]] && variant=--compile-variant limit=400
         step "profile-$model-$batch" "$limit" "$PYTHON" -m fastres.profile --model "$model" --batch-size "$batch" \
             "${sizes[@]}" "$variant" --output-dir "$out/profile-$model-$batch"
     done
 done
+step tilings 200 "${interpreter[@]}" "$PYTHON" benchmarks/tune_batch_norm_relu.py "$out/tilings.json"
 if [[ ${DATA:-} ]]; then
     step study-architecture 150 "$PYTHON" -m fastres.study architecture --dataset folder --data-dir "$DATA" \
         --output-dir "$out/study-architecture"

@@ -90,7 +90,11 @@ class TrainConfig:
         "Engine", "mixed precision; auto: bf16 where the hardware has it", "auto", ("auto", "bf16", "fp16", "off")
     )
     channels_last: bool = flag("Engine", "channels-last memory format", True)
-    compile: bool | None = flag("Engine", "torch.compile the model; auto: on CUDA, if the run is long enough", None)
+    compile: bool | None = flag(
+        "Engine",
+        "torch.compile the model; auto: for several processes on CUDA, if the run is long enough",
+        None,
+    )
     compile_mode: str = flag(
         "Engine",
         "of torch.compile; reduce-overhead and max-autotune record CUDA graphs; auto: reduce-overhead on CUDA",

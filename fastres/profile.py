@@ -35,7 +35,7 @@ from fastres.training.trainer import AMP_DTYPES, Epoch, Trainer
 
 BATCH_SIZES = {"cuda": 128, "cpu": 32}  # the studies' 128 takes a CPU longer than one waits for a profile
 RIVAL = "compile, not fused"
-RECORDED = "CUDA graphs, no compile"
+COMPILED = "fastres, compiled"
 LEAST_STEPS = 2  # in a round
 LOADER_IMAGES = 20_000  # so that the start of the loader is a small part of a pass
 LOADER_PASSES = 3
@@ -290,8 +290,8 @@ def build_variants(
     config: ProfileConfig, defaults: TrainConfig, dataset: Dataset, device: torch.device
 ) -> tuple[list[Variant], list[str]]:
     """The studies' loop, then that loop with one thing more at a time, fastres' loop with torch's own modules compiled
-    instead of the fused operator, on CUDA recorded instead of compiled, and fastres; and a line for each step that is
-    left out, with the reason."""
+    instead of the fused operator, with both where fastres itself would record CUDA graphs, and fastres; and a line for
+    each step that is left out, with the reason."""
     current = replace(
         defaults, channels_last=False, amp="off", loader="eager", fused=False, compile=False, cuda_graphs=False
     )
@@ -318,15 +318,15 @@ def build_variants(
     def engine(name: str, config: TrainConfig) -> StudyLoop | Trainer:
         torch.manual_seed(config.seed)
         model = create_model(config.model, len(dataset.classes), bool(config.zero_gamma), config.fused)
-        if name not in ("fastres", RIVAL, RECORDED):
+        if name not in ("fastres", RIVAL, COMPILED):
             return StudyLoop(model, config, device)
         return Trainer(model, config, device, len(dataset.classes), steps_per_epoch(config, len(dataset.train)))
 
     if compile_too:
         mode = "max-autotune" if device.type == "cuda" else "default"
         variants.append((RIVAL, replace(defaults, fused=False, compile=True, compile_mode=mode, cuda_graphs=False)))
-    if device.type == "cuda" and defaults.compile:
-        variants.append((RECORDED, replace(defaults, compile=False, cuda_graphs=True)))
+        if defaults.cuda_graphs:
+            variants.append((COMPILED, replace(defaults, compile=True, cuda_graphs=False)))
     variants.append(("fastres", defaults))
     return [Variant(name, settings, engine(name, settings)) for name, settings in variants], left_out
 

@@ -144,6 +144,7 @@ def test_the_gpu_script_keeps_results_and_goes_on(run_gpu):
         "operator: exit code 0",
         "loaders: exit code 0",
         "profile-vgg11-8: exit code 3",
+        "tilings: exit code 0",
         "train-vgg11: exit code 3",
     ]
     assert "-m fastres.train --model vgg11" in (out / "train-vgg11.log").read_text()
@@ -151,12 +152,12 @@ def test_the_gpu_script_keeps_results_and_goes_on(run_gpu):
 
 def test_the_gpu_script_ends_in_time_and_can_be_called_again(run_gpu):
     _, steps = run_gpu(BUDGET="1")
-    assert len(steps) == 5
+    assert len(steps) == 6
     assert all(line.endswith(": left out, no time") for line in steps)
     _, steps = run_gpu()
-    assert steps[5:8] == ["gpu-tests: exit code 0", "operator: exit code 0", "loaders: exit code 0"]
+    assert steps[6:9] == ["gpu-tests: exit code 0", "operator: exit code 0", "loaders: exit code 0"]
     _, again = run_gpu(DATA="cifar10")
-    assert again[10:] == ["profile-vgg11-8: exit code 3", "study-architecture: exit code 0", "train-vgg11: exit code 3"]
+    assert again[12:] == ["profile-vgg11-8: exit code 3", "study-architecture: exit code 0", "train-vgg11: exit code 3"]
 
 
 def test_runs_are_shown_with_their_command():

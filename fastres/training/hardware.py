@@ -44,6 +44,8 @@ def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> tup
         return wanted, "asked for"
     if device.type == "cpu":
         return False, "CPU"
+    if world_size() == 1:
+        return False, "CUDA graphs start in seconds"
     long_enough = steps >= COMPILE_STEPS
     return long_enough, f"{steps:,} steps, pays from about {COMPILE_STEPS:,}"
 

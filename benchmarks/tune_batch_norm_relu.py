@@ -1,0 +1,98 @@
+"""How long the Triton kernels take under other tilings than their own: what to look at before that is changed.
+
+    python benchmarks/tune_batch_norm_relu.py FILE
+
+For some shapes of ResNet-50, with residual, bfloat16, channels-last. A line a tiling goes to FILE as soon as it is
+measured: JSON, with microseconds of forward and backward, medians of interleaved rounds of the kernels alone, and how
+many times as long the kernels' own tiling takes. FASTRES_BENCHMARK_BATCH sets the batch size; TRITON_INTERPRET=1 tries
+the script where there is no GPU.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from interleave import interleave, kernels_alone
+
+from fastres.ops.batch_norm_relu import triton_kernels
+
+BATCH = int(os.environ.get("FASTRES_BENCHMARK_BATCH", "128"))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = ((64, 32), (256, 32), (512, 16), (1024, 8), (2048, 4))
+TILES = ((2048, 4), (4096, 4), (4096, 8), (8192, 8))  # elements, warps
+CHANNELS = (32, 64, 128)
+PROGRAMS = (132, 264, 528)
+GPU_BYTES = 2**28  # of inputs, several times what a GPU's cache holds
+ROUNDS = 9
+
+
+def tilings(own: triton_kernels.Tiling, channels: int) -> list[triton_kernels.Tiling]:
+    """Those to try beside the kernels' own, which comes first."""
+    others = [
+        replace(
+            own,
+            block_rows=tile // width,
+            block_channels=width,
+            splits=max(1, min(programs * width // channels, own.splits * 8)),
+            num_warps=warps,
+        )
+        for (tile, warps), width, programs in product(TILES, CHANNELS, PROGRAMS)
+        if width <= channels
+    ]
+    return [own, *dict.fromkeys(tiling for tiling in others if tiling != own)]
+
+
+def passes(channels, size):
+    """Forward and backward over sets of tensors."""
+    like = torch.empty(BATCH, channels, size, size, device=DEVICE, dtype=torch.bfloat16)
+    like = like.to(memory_format=torch.channels_last)
+    sets = max(1, GPU_BYTES // like.nbytes) if DEVICE == "cuda" else 1
+    inputs = [[torch.randn_like(like) for _ in range(3)] for _ in range(sets)]
+    weight, bias, *running = torch.ones(4, channels, device=DEVICE).unbind()
+    mean, var = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
+
+    def forward():
+        for x, residual, _ in inputs:
+            triton_kernels.forward(x, residual, weight, bias, *running, True, 0.1, 1e-5, True)
+
+    def backward():
+        for x, y, grad in inputs:
+            triton_kernels.backward(grad, x, y, weight, bias, mean, var, True, 1e-5, True)
+
+    return forward, backward, sets
+
+
+def main(path: Path) -> None:
+    choose = triton_kernels.tiling
+    with path.open("w") as file:
+        for channels, size in SHAPES:
+            own = choose(BATCH * size * size, channels, True)
+            if own.once:
+                continue
+            forward, backward, sets = passes(channels, size)
+            # on a CPU a candidate is no recording, and would run with the last tiling
+            tried = tilings(own, channels) if DEVICE == "cuda" else [own]
+            candidates = {}
+            for i, tiling in enumerate(tried):
+                triton_kernels.tiling = lambda *_, tiling=tiling: tiling
+                candidates |= {f"forward {i}": kernels_alone(forward), f"backward {i}": kernels_alone(backward)}
+            seconds = interleave(candidates, ROUNDS if DEVICE == "cuda" else 1)
+            for i, tiling in enumerate(tried):
+                row = {"channels": channels, "size": size, "batch": BATCH, **asdict(tiling)}
+                for name in ("forward", "backward"):
+                    values = seconds[f"{name} {i}"]
+                    row[f"{name}_us"] = round(1e6 * float(np.median(values)) / sets, 2)
+                    row[f"own_{name}"] = round(float(np.median(seconds[f"{name} 0"] / values)), 3)
+                print(json.dumps(row), file=file, flush=True)
+    triton_kernels.tiling = choose
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or (DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"):
+        sys.exit("tune_batch_norm_relu.py FILE: needs a GPU (or TRITON_INTERPRET=1) and the file to write")
+    main(Path(sys.argv[1]))
