@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastres.models import create_model
-from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
+from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d, PointwiseConv2d
 
 
 def both(*args, **kwargs):
@@ -88,3 +88,28 @@ def test_fifty_steps_of_training_fused_and_eager():
     fused, eager = losses_of_fifty_steps(True), losses_of_fifty_steps(False)
     torch.testing.assert_close(fused, eager, rtol=0, atol=1e-4)
     assert fused[-1] < 0.75 * fused[0]
+
+
+@pytest.mark.parametrize("size", [(4, 4), (2, 7), (1, 1), (5, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_pointwise_convolution_is_a_convolution(size, dtype, channels_last, bias):
+    torch.manual_seed(0)
+    conv = PointwiseConv2d(6, 10, bias=bias)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(3, 6, *size).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    grad = torch.randn(3, 10, *size).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = conv(x)
+    exact = x.detach().double().requires_grad_()
+    parameters = [parameter.detach().double().requires_grad_() for parameter in conv.parameters()]
+    expected = F.conv2d(exact, *parameters)
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    actual = torch.autograd.grad(y, [x, *conv.parameters()], grad)
+    wanted = torch.autograd.grad(expected, [exact, *parameters], grad.double())
+    for a, w in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(a.double(), w, rtol=tolerance, atol=4 * tolerance)

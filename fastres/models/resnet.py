@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from fastres.nn import PointwiseConv2d
+
 NormLayer = Callable[..., nn.BatchNorm2d]
 
 
@@ -37,11 +39,11 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: NormLayer) -> None:
         super().__init__()
         out_channels = channels * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.conv1 = PointwiseConv2d(in_channels, channels, bias=False)
         self.bn1 = norm_layer(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
         self.bn2 = norm_layer(channels)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.conv3 = PointwiseConv2d(channels, out_channels, bias=False)
         self.bn3 = norm_layer(out_channels)
         self.downsample = projection(in_channels, out_channels, stride, norm_layer)
 
