@@ -97,7 +97,8 @@ class TrainConfig:
     )
     compile_mode: str = flag(
         "Engine",
-        "of torch.compile; reduce-overhead and max-autotune record CUDA graphs; auto: reduce-overhead on CUDA",
+        "of torch.compile; reduce-overhead and max-autotune record CUDA graphs; auto: reduce-overhead on CUDA, in a "
+        "single process",
         "auto",
         COMPILE_MODES,
     )

@@ -54,7 +54,7 @@ def choose_compile_mode(name: str, device: torch.device) -> str:
     """One of torch.compile's modes."""
     if name != "auto":
         return name
-    return "reduce-overhead" if device.type == "cuda" else "default"
+    return "reduce-overhead" if device.type == "cuda" and world_size() == 1 else "default"
 
 
 def choose_cuda_graphs(wanted: bool | None, device: torch.device, compiled: bool) -> tuple[bool, str]:

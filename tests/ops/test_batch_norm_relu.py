@@ -206,6 +206,25 @@ class TestAutograd:
             grads += torch.autograd.grad(y.square().sum(), leaves[leaf])
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_statistics_that_have_moved_on_are_noticed(self, device):
+        x = tensor((4, 8, 5, 5), device=device).requires_grad_()
+        running = torch.zeros(8, device=device), torch.ones(8, device=device)
+        y = batch_norm_relu(x, *running, training=False)
+        batch_norm_relu(x.detach(), *running)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_running_statistics_with_gaps(self, device):
+        x = tensor((4, 8, 5, 5), device=device)
+        both = []
+        for function in (batch_norm_relu, reference.batch_norm_relu):
+            statistics = torch.ones(8, 2, device=device)
+            function(x, *statistics.unbind(1), momentum=0.5)
+            both.append(statistics)
+        torch.testing.assert_close(*both)
+
     def test_no_input_requires_grad(self):
         assert not batch_norm_relu(tensor((4, 8, 5, 5)), None, None).requires_grad
 

@@ -56,6 +56,7 @@ def test_agrees_with_float64(shape, dtype, channels_last, has_residual, relu, tr
     close(mean.double(), expected_mean, rtol=1e-5, atol=1e-5)
     close(var.double(), expected_var, rtol=1e-5, atol=1e-5)
     if training:
+        assert running[0]._version == running[1]._version == 1
         rows = x.numel() / shape[1]
         close(running[0].double(), 0.7 * running_mean.double() + 0.3 * expected_mean, rtol=1e-5, atol=1e-5)
         expected_var = expected_var * rows / (rows - 1)

@@ -400,6 +400,7 @@ def forward(
     for given, updated in zip((running_mean, running_var), running, strict=False):
         if given is not None and given is not updated:  # not contiguous
             given.copy_(updated)
+    torch.autograd.graph.increment_version(running)  # autograd must know
     return y, mean, var
 
 
