@@ -6,6 +6,7 @@ import torch
 
 from fastres.ops.batch_norm_relu import triton_kernels
 
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 SHAPES = [(2, 3, 5, 7), (4, 20, 3, 3), (2, 5, 1, 1), (3, 6, 40, 40), (9, 18, 12, 12)]
 
 
@@ -21,7 +22,7 @@ def reference(x, residual, weight, bias, mean, var, training, eps, relu):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("has_residual", [True, False])
 @pytest.mark.parametrize("relu", [True, False])
@@ -34,8 +35,9 @@ def test_agrees_with_float64(shape, dtype, channels_last, has_residual, relu, tr
         return torch.randn(shape).to(dtype).to(memory_format=memory_format)
 
     x, residual, grad = activation() * 2 + 1, activation() if has_residual else None, activation()
-    weight, bias, running_mean = torch.randn(3, shape[1]).unbind()
-    running_var = torch.rand(shape[1]) + 0.5
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias, running_mean = torch.randn(3, shape[1], dtype=statistics).unbind()
+    running_var = torch.rand(shape[1], dtype=statistics) + 0.5
     running = running_mean.clone(), running_var.clone()
     y, mean, var = triton_kernels.forward(x, residual, weight, bias, *running, training, 0.3, 1e-5, relu)
     if not training:
@@ -50,23 +52,25 @@ def test_agrees_with_float64(shape, dtype, channels_last, has_residual, relu, tr
     if output is not None:  # the same mask, whatever the rounding
         expected = expected * (y > 0) + expected.detach() * (y <= 0)
     expected_grads = torch.autograd.grad(expected, [t for t in leaves if t is not None], grad.double())
-    tolerance = {"rtol": 2e-2, "atol": 3e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
-    close = torch.testing.assert_close
-    close(y.double(), expected, **tolerance)
-    close(mean.double(), expected_mean, rtol=1e-5, atol=1e-5)
-    close(var.double(), expected_var, rtol=1e-5, atol=1e-5)
+
+    def close(actual, expected, tolerance=TOLERANCE[statistics]):
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+    tolerance = TOLERANCE[dtype]
+    close(y, expected, tolerance)
+    close(mean, expected_mean)
+    close(var, expected_var)
     if training:
         assert running[0]._version == running[1]._version == 1
         rows = x.numel() / shape[1]
-        close(running[0].double(), 0.7 * running_mean.double() + 0.3 * expected_mean, rtol=1e-5, atol=1e-5)
-        expected_var = expected_var * rows / (rows - 1)
-        close(running[1].double(), 0.7 * running_var.double() + 0.3 * expected_var, rtol=1e-5, atol=1e-5)
+        close(running[0], 0.7 * running_mean.double() + 0.3 * expected_mean)
+        close(running[1], 0.7 * running_var.double() + 0.3 * expected_var * rows / (rows - 1))
     actual_grads = [dx, dz if output is not None else grad, dweight, dbias]
     if not has_residual:
         del actual_grads[1]
     for actual, wanted in zip(actual_grads, expected_grads, strict=True):
         scale = max(1.0, wanted.abs().max().item())
-        close(actual.double() / scale, wanted / scale, **tolerance)
+        close(actual / scale, wanted / scale, tolerance)
     assert y.stride() == x.stride() == dx.stride()
 
 

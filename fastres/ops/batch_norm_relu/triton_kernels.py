@@ -3,7 +3,8 @@
 
 A tensor whose channels fit into one program's registers is read once. Larger ones take two passes: statistics
 by splits of the rows, merged as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for
-computing sample variances" (1979), then the result. All sums are float32 (float64 for float64 inputs).
+computing sample variances" (1979), then the result. All sums are float32 (float64 for float64 inputs), and so are
+momentum and eps, which arrive as float64.
 The passes that reduce go backwards, those that map go forwards: each begins with what the kernel before it, be that
 the convolution that made x, has left in the cache.
 
@@ -58,11 +59,11 @@ def _offsets(row, channel, plane, channels, channels_last: tl.constexpr):
 
 @triton.jit
 def _affine(channel, valid, weight, bias, mean, var, eps, dtype: tl.constexpr):
-    mean_c = tl.load(mean + channel, valid, other=0.0)
-    var_c = tl.load(var + channel, valid, other=1.0)
+    mean_c = tl.load(mean + channel, valid, other=0.0).to(dtype)
+    var_c = tl.load(var + channel, valid, other=1.0).to(dtype)
     weight_c = tl.load(weight + channel, valid, other=0.0).to(dtype)
     bias_c = tl.load(bias + channel, valid, other=0.0).to(dtype)
-    invstd = 1 / tl.sqrt(var_c + eps)
+    invstd = 1 / tl.sqrt(var_c + tl.full([1], eps, dtype))
     return mean_c, invstd, weight_c, bias_c
 
 
@@ -90,7 +91,8 @@ def _before_relu(dy, centered, y, offsets, valid, scale, bias, has_residual: tl.
 
 @triton.jit
 def forward_once(
-    x, residual, weight, bias, y, mean, var, running_mean, running_var, momentum, rows, channels, plane, eps,
+    x, residual, weight, bias, y, mean, var, running_mean, running_var, momentum: tl.float64,
+    rows, channels, plane, eps: tl.float64,
     channels_last: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, has_running: tl.constexpr,
     dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +109,7 @@ def forward_once(
     _store_statistics(
         channel, valid_channel, mean_c, var_c, mean, var, running_mean, running_var, momentum, rows, has_running
     )
-    scale = tl.load(weight + channel, valid_channel, other=0.0).to(dtype) / tl.sqrt(var_c + eps)
+    scale = tl.load(weight + channel, valid_channel, other=0.0).to(dtype) / tl.sqrt(var_c + tl.full([1], eps, dtype))
     bias_c = tl.load(bias + channel, valid_channel, other=0.0).to(dtype)
     z = _normalized(values, residual, offsets, valid, mean_c, scale, bias_c, has_residual, relu)
     tl.store(y + offsets, z.to(y.dtype.element_ty), valid)
@@ -137,10 +139,11 @@ def _store_statistics(
     tl.store(mean + channel, mean_c, valid)
     tl.store(var + channel, var_c, valid)
     if has_running:
+        momentum, rows = tl.full([1], momentum, mean_c.dtype), tl.full([1], rows, mean_c.dtype)
         old_mean = tl.load(running_mean + channel, valid, other=0.0)
         old_var = tl.load(running_var + channel, valid, other=0.0)
         new_mean = old_mean.to(mean_c.dtype) * (1 - momentum) + mean_c * momentum
-        unbiased = var_c * (rows / (rows - 1.0))
+        unbiased = var_c * (rows / (rows - 1))
         new_var = old_var.to(var_c.dtype) * (1 - momentum) + unbiased * momentum
         tl.store(running_mean + channel, new_mean.to(old_mean.dtype), valid)
         tl.store(running_var + channel, new_var.to(old_var.dtype), valid)
@@ -184,7 +187,7 @@ def split_moments(
 
 @triton.jit
 def merge_moments(
-    counts, means, deviations, mean, var, running_mean, running_var, momentum, rows, channels,
+    counts, means, deviations, mean, var, running_mean, running_var, momentum: tl.float64, rows, channels,
     splits: tl.constexpr, has_running: tl.constexpr, block_splits: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """Mean and biased variance from the moments of the splits, and the running statistics."""
@@ -205,7 +208,7 @@ def merge_moments(
 
 @triton.jit
 def normalize(
-    x, residual, weight, bias, mean, var, y, rows, channels, plane, eps,
+    x, residual, weight, bias, mean, var, y, rows, channels, plane, eps: tl.float64,
     channels_last: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, dtype: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
@@ -222,7 +225,7 @@ def normalize(
 
 @triton.jit
 def backward_once(
-    grad, x, y, weight, bias, mean, var, dx, dz, dweight, dbias, rows, channels, plane, eps,
+    grad, x, y, weight, bias, mean, var, dx, dz, dweight, dbias, rows, channels, plane, eps: tl.float64,
     channels_last: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, training: tl.constexpr,
     dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
@@ -250,7 +253,7 @@ def backward_once(
 
 @triton.jit
 def split_sums(
-    grad, x, y, weight, bias, mean, var, dz, dweights, dbiases, rows, channels, plane, eps,
+    grad, x, y, weight, bias, mean, var, dz, dweights, dbiases, rows, channels, plane, eps: tl.float64,
     splits: tl.constexpr, split_tiles: tl.constexpr,
     channels_last: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, dtype: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
@@ -294,7 +297,7 @@ def merge_sums(
 
 @triton.jit
 def input_gradient(
-    grad, x, weight, bias, mean, var, dweight, dbias, dx, rows, channels, plane, eps,
+    grad, x, weight, bias, mean, var, dweight, dbias, dx, rows, channels, plane, eps: tl.float64,
     channels_last: tl.constexpr, relu: tl.constexpr, training: tl.constexpr, dtype: tl.constexpr,
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
