@@ -50,7 +50,7 @@ batches=(128 512)
 sizes=(--seconds 6)
 training=(--dataset digits --epochs 8)
 interpreter=()
-[[ ${DATA:-} ]] && training=(--dataset folder --data-dir "$DATA" --epochs 24 --augmentation crop-flip-cutout)
+[[ ${DATA:-} ]] && training=(--dataset folder --data-dir "$DATA" --epochs 30 --augmentation crop-flip-cutout)
 if [[ ${QUICK:-} ]]; then
     models=(vgg11)
     batches=(8)
@@ -80,7 +80,7 @@ if [[ ${DATA:-} ]]; then
         --output-dir "$out/study-architecture"
 fi
 for model in "${models[@]}"; do
-    step "train-$model" 60 "$PYTHON" -m fastres.train --model "$model" "${training[@]}" \
+    step "train-$model" 150 "$PYTHON" -m fastres.train --model "$model" "${training[@]}" \
         --output-dir "$out/train-$model"
 done
 echo "results: $out"
