@@ -58,6 +58,14 @@ def _offsets(row, channel, plane, channels, channels_last: tl.constexpr):
 
 
 @triton.jit
+def _tile(channels, block_rows: tl.constexpr, block_channels: tl.constexpr):
+    """Rows and channels of the program's tile, in the order in which channels-last tensors lie in memory."""
+    across = tl.cdiv(channels, block_channels)
+    first_row, first_channel = tl.program_id(0) // across * block_rows, tl.program_id(0) % across * block_channels
+    return first_row + tl.arange(0, block_rows), first_channel + tl.arange(0, block_channels)
+
+
+@triton.jit
 def _affine(channel, valid, weight, bias, mean, var, eps, dtype: tl.constexpr):
     mean_c = tl.load(mean + channel, valid, other=0.0).to(dtype)
     var_c = tl.load(var + channel, valid, other=1.0).to(dtype)
@@ -213,8 +221,7 @@ def normalize(
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual) for a tile."""
-    channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
-    row = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
+    row, channel = _tile(channels, block_rows, block_channels)
     valid = (row < rows)[:, None] & (channel < channels)[None, :]
     offsets = _offsets(row, channel, plane, channels, channels_last)
     mean_c, invstd, weight_c, bias_c = _affine(channel, channel < channels, weight, bias, mean, var, eps, dtype)
@@ -302,8 +309,7 @@ def input_gradient(
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """dx = scale * (dz - (dbias + (x - mean) * invstd * dweight) / rows); in evaluation dx = scale * dz."""
-    channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
-    row = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
+    row, channel = _tile(channels, block_rows, block_channels)
     valid_channel = channel < channels
     valid = (row < rows)[:, None] & valid_channel[None, :]
     offsets = _offsets(row, channel, plane, channels, channels_last)
@@ -336,9 +342,10 @@ class _Launch:
             "num_warps": self.tiling.num_warps,
         }
         tiles = triton.cdiv(self.rows, self.tiling.block_rows)
-        self.channel_grid = (triton.cdiv(self.channels, self.tiling.block_channels),)
-        self.tile_grid = (*self.channel_grid, tiles)
-        self.split_grid = (*self.channel_grid, self.tiling.splits)
+        across = triton.cdiv(self.channels, self.tiling.block_channels)
+        self.channel_grid = (across,)
+        self.tile_grid = (across * tiles,)
+        self.split_grid = (across, self.tiling.splits)
         self.split_options = {"splits": self.tiling.splits, "split_tiles": triton.cdiv(tiles, self.tiling.splits)}
         block_channels = min(MERGED_CHANNELS, self.tiling.block_channels)
         self.merge_grid = (triton.cdiv(self.channels, block_channels),)
