@@ -45,7 +45,7 @@ def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> tup
     if device.type == "cpu":
         return False, "CPU"
     if world_size() == 1:
-        return False, "CUDA graphs start in seconds"
+        return False, "CUDA graphs instead"
     long_enough = steps >= COMPILE_STEPS
     return long_enough, f"{steps:,} steps, pays from about {COMPILE_STEPS:,}"
 
