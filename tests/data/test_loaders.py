@@ -121,7 +121,9 @@ def odd_images():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.filterwarnings("error:::PIL.Image")
-@pytest.mark.parametrize(("name", "content"), list(odd_images()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "content"), list(odd_images()), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_loaders_agree_on_odd_images(name, content, device, arrays, tmp_path):
     for part, suffix in (("train", ".jpg"), ("test", ".png")):
         (tmp_path / part / "one").mkdir(parents=True)
