@@ -29,7 +29,7 @@ step() {
     local name=$1 limit=$2 start=$SECONDS left=$((BUDGET - SECONDS)) code=0
     shift 2
     grep -q "^$name: exit code 0 " "$out/steps.txt" && return
-    if ((left < 15)); then
+    if ((left < limit / 2)); then # it would be cut, and nothing kept
         echo "$name: left out, no time" | tee -a "$out/steps.txt"
         return
     fi
