@@ -15,6 +15,7 @@ from torch import nn
 COPY_BYTES = 2**28  # far more than a cache holds
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 MEASURE_SECONDS = 1.0
+POOLING = nn.MaxPool2d, nn.AdaptiveAvgPool2d
 
 
 class Kernel(NamedTuple):
@@ -53,9 +54,9 @@ def step_kernels(model: nn.Module, batch_size: int, dtype: torch.dtype) -> list[
     A convolution or linear layer is three products of the same size: output, gradient of the input (not for the first
     layer) and gradient of the weight. A batch norm with its residual and ReLU is one kernel in two passes: forward it
     reads the input twice and writes the output, 3 tensors (4 with a residual); backward it reads the input and the
-    output's gradient twice and writes the input's gradient, 5 tensors (6 with the residual's gradient). Pooling, loss
-    and optimizer are left out, so the true limit is a little higher. ``model`` is on the meta device, which computes
-    shapes and no numbers.
+    output's gradient twice and writes the input's gradient, 5 tensors (6 with the residual's gradient). Pooling moves
+    its input and its output once in each direction. Loss and optimizer are left out, so the true limit is a little
+    higher. ``model`` is on the meta device, which computes shapes and no numbers.
     """
     kernels: list[Kernel] = []
 
@@ -65,11 +66,15 @@ def step_kernels(model: nn.Module, batch_size: int, dtype: torch.dtype) -> list[
             tensors = 10 if kwargs.get("residual") is not None else 8
             kernels.append(Kernel(0, tensors * x.numel() * dtype.itemsize))
             return
+        if isinstance(module, POOLING):
+            kernels.append(Kernel(0, 2 * (x.numel() + output.numel()) * dtype.itemsize))
+            return
         products = 3 if x.requires_grad else 2
         traffic = (x.numel() + module.weight.numel() + output.numel()) * dtype.itemsize
         kernels.extend([Kernel(2 * _macs(module, output), traffic)] * products)
 
-    _call_with_hook(model.train(), batch_size, (nn.Conv2d, nn.Linear, nn.BatchNorm2d), count, with_kwargs=True)
+    kinds = nn.Conv2d, nn.Linear, nn.BatchNorm2d, *POOLING
+    _call_with_hook(model.train(), batch_size, kinds, count, with_kwargs=True)
     return kernels
 
 
