@@ -3,7 +3,8 @@
 import os
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,9 @@ def restore(state: dict[str, Any], trainer: Trainer) -> Epoch | None:
     The number of processes may be another: those that were not there before keep their own random state. Raises
     UserError where ``state`` is not what ``save_checkpoint`` writes in a run of this model and training set.
     """
-    try:
-        check(state, trainer)
+    # every process would find the same
+    distributed.from_rank_0(_fit_expected(trainer)(lambda: check(state, trainer)))
+    with _fit_expected(trainer):
         trainer.model.load_state_dict(state["model"])
         for name, parameter in trainer.model.named_parameters():
             if name in state["momentum"]:
@@ -148,14 +150,20 @@ def restore(state: dict[str, Any], trainer: Trainer) -> Epoch | None:
             if trainer.device.type == "cuda" and state["cuda_rng"][rank] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"][rank], trainer.device)
         epoch = state["epoch"] and Epoch.from_state_dict(state["epoch"], trainer.device)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"--resume {trainer.config.output_dir}: last.pt does not fit this run ({_first_line(error)})"
-        ) from error
     if epoch and rank > 0:  # rank 0 has the sums of all so far
         none = Epoch.begin(epoch.number, trainer.device)
         epoch = replace(epoch, loss_sum=none.loss_sum, correct=none.correct, images=none.images)
     return epoch
+
+
+@contextmanager
+def _fit_expected(trainer: Trainer) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--resume {trainer.config.output_dir}: last.pt does not fit this run ({_first_line(error)})"
+        ) from error
 
 
 def check(state: dict[str, Any], trainer: Trainer) -> None:

@@ -294,6 +294,16 @@ def test_an_error_of_all_is_said_once():
     assert errors == ["python -m fastres.train: error: --batch-size 31: must be a multiple of the 2 processes"]
 
 
+def test_a_checkpoint_that_does_not_fit_is_said_once(whole, tmp_path):
+    state = torch.load(whole / "last.pt", weights_only=True)
+    state["step"] += 1
+    torch.save(state, tmp_path / "last.pt")
+    done = torchrun("--resume", tmp_path)
+    assert done.returncode != 0
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("python -m fastres.train: ")]
+    assert "last.pt does not fit this run (it is at step 34 instead of 33" in error
+
+
 def test_fewer_images_in_the_last_batch_than_processes(arrays, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     for batch_size in (8, 20, 28):
