@@ -94,5 +94,8 @@ def main(path: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or (DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"):
-        sys.exit("tune_batch_norm_relu.py FILE: needs a GPU (or TRITON_INTERPRET=1) and the file to write")
+        print(
+            "tune_batch_norm_relu.py FILE: needs a GPU, or TRITON_INTERPRET=1, and the file to write", file=sys.stderr
+        )
+        sys.exit(2)
     main(Path(sys.argv[1]))
