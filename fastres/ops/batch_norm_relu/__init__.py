@@ -109,12 +109,21 @@ def _check(
 
 
 @torch.library.register_fake("fastres::batch_norm_relu", lib=library)
-def _(x, residual, weight, bias, running_mean, running_var, training, *_):  # type: ignore[no-untyped-def]
+def _(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    *_: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(dense(x, is_channels_last(x))), *new_statistics(x, training)
 
 
 @torch.library.register_fake("fastres::batch_norm_relu_backward", lib=library)
-def _(grad, x, output, *_):  # type: ignore[no-untyped-def]
+def _(grad: Tensor, x: Tensor, output: Tensor | None, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx = torch.empty_like(dense(x, is_channels_last(x)))
     dz = x.new_empty(0) if output is None else torch.empty_like(dx)
     return dx, dz, *new_statistics(x)
