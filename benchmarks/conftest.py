@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastres.training.hardware import tune_libraries
 from fastres.training.run import commit, device_name, versions
 
 
@@ -15,3 +16,11 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "versions": versions(),
         "commit": commit(),
     }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries_as_in_training() -> None:
+    """Those of every device that is there: some benchmarks measure both."""
+    tune_libraries("cpu")
+    if torch.cuda.is_available():
+        tune_libraries("cuda")

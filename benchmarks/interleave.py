@@ -6,6 +6,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+GPU_BYTES = 2**28  # several times what a GPU's cache holds
+
+
+def sets_beyond_cache(tensor_bytes: int) -> int:
+    """How many tensors of that size to take in turn, so that none is found in a GPU's cache; 1 where there is none."""
+    return max(1, GPU_BYTES // tensor_bytes) if torch.cuda.is_available() else 1
+
 
 def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
     """Seconds of each candidate in each round, `[rounds]`; a round runs every candidate once, in random order.

@@ -16,15 +16,13 @@ import torch
 
 from fastres.ops import batch_norm_relu
 from fastres.ops.batch_norm_relu import reference
-from fastres.training.memory import keep_freed_memory
 
-from interleave import interleave, kernels_alone, percentiles, ratios  # isort: skip
+from interleave import interleave, kernels_alone, percentiles, ratios, sets_beyond_cache  # isort: skip
 
 BATCH = int(os.environ.get("FASTRES_BENCHMARK_BATCH", "128"))
 ROUNDS = 9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILE_MODE = "max-autotune-no-cudagraphs" if DEVICE == "cuda" else "default"
-GPU_BYTES = 2**28  # of inputs, several times what a GPU's cache holds
 
 # (channels, height and width): how many layers of ResNet-50 and of VGG-16 have it.
 SHAPES = {
@@ -43,11 +41,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def memory_as_in_training():
-    keep_freed_memory()
-
-
 @pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}x{shape[1]}")
@@ -58,8 +51,7 @@ def test_batch_norm_relu(benchmark, shape, direction, has_residual):
         x = torch.randn(BATCH, channels, size, size, device=DEVICE, dtype=torch.bfloat16)
         return x.to(memory_format=torch.channels_last)
 
-    one = activation()
-    sets = max(1, GPU_BYTES // one.nbytes) if DEVICE == "cuda" else 1
+    sets = sets_beyond_cache(BATCH * channels * size**2 * torch.bfloat16.itemsize)
     inputs = [[activation() for _ in range(4)] for _ in range(sets)]
     weight, bias = torch.randn(2, channels, device=DEVICE).unbind()
     running = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)

@@ -20,18 +20,12 @@ from interleave import interleave, percentiles, ratios
 from fastres.config import TrainConfig
 from fastres.data.datasets import folder
 from fastres.profile import planned_loader, synthetic
-from fastres.training.memory import keep_freed_memory
 
 BATCH = 128
 IMAGES = 390 * BATCH  # an epoch of CIFAR-10
 ROUNDS = 5
 WORKERS = 2
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def memory_as_in_training():
-    keep_freed_memory()
 
 
 @pytest.fixture(scope="module", params=["arrays", "jpeg"])

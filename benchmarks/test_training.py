@@ -17,8 +17,8 @@ from interleave import interleave, percentiles, ratios
 from fastres.config import TrainConfig
 from fastres.models import create_model
 from fastres.profile import Resident, first_batch, planned_loader, synthetic, train
-from fastres.training.baseline import StudyLoop
-from fastres.training.hardware import tune_libraries
+from fastres.report.profile import FLAGS
+from fastres.training.baseline import EAGER, StudyLoop
 from fastres.training.run import resolve, steps_per_epoch
 from fastres.training.trainer import Trainer
 
@@ -47,32 +47,16 @@ def make_trainer(config, dataset):
     return Trainer(model, config, torch.device(config.device), 10, steps_per_epoch(config, len(dataset.train)))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def libraries_as_in_training():
-    tune_libraries("cuda" if ON_GPU else "cpu")
-
-
 def make_eager(config):
     torch.manual_seed(config.seed)
-    config = replace(config, channels_last=False, amp="off", fused=False, compile=False, cuda_graphs=False)
+    config = replace(config, **EAGER)
     return StudyLoop(
         create_model(config.model, 10, bool(config.zero_gamma), fused=False), config, torch.device(config.device)
     )
 
 
 def describe(benchmark, what, config):
-    names = (
-        "model",
-        "batch_size",
-        "device",
-        "channels_last",
-        "amp",
-        "loader",
-        "fused",
-        "compile",
-        "compile_mode",
-        "cuda_graphs",
-    )
+    names = "model", "batch_size", "device", *FLAGS
     benchmark.extra_info.update(what=what, **{name: getattr(config, name) for name in names})
 
 

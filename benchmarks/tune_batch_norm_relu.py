@@ -2,10 +2,10 @@
 
     python benchmarks/tune_batch_norm_relu.py FILE
 
-For some shapes of ResNet-50, with residual, bfloat16, channels-last. A line a tiling goes to FILE as soon as it is
-measured: JSON, with microseconds of forward and backward, medians of interleaved rounds of the kernels alone, and how
-many times as long the kernels' own tiling takes. FASTRES_BENCHMARK_BATCH sets the batch size; TRITON_INTERPRET=1 tries
-the script where there is no GPU.
+For some shapes of ResNet-50, with residual, bfloat16, channels-last. A line a tiling goes to FILE as soon as its
+shape is measured: JSON, with microseconds of forward and backward, medians of interleaved rounds of the kernels
+alone, and how many times as long the kernels' own tiling takes. FASTRES_BENCHMARK_BATCH sets the batch size;
+TRITON_INTERPRET=1 tries the script where there is no GPU.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from interleave import interleave, kernels_alone
+from interleave import interleave, kernels_alone, sets_beyond_cache
 
 from fastres.ops.batch_norm_relu import triton_kernels
 
@@ -27,18 +27,17 @@ SHAPES = ((64, 32), (256, 32), (512, 16), (1024, 8), (2048, 4))
 TILES = ((2048, 4), (4096, 4), (4096, 8), (8192, 8))  # elements, warps
 CHANNELS = (32, 64, 128)
 PROGRAMS = (132, 264, 528)
-GPU_BYTES = 2**28  # of inputs, several times what a GPU's cache holds
 ROUNDS = 9
 
 
-def tilings(own: triton_kernels.Tiling, channels: int) -> list[triton_kernels.Tiling]:
+def tilings(own: triton_kernels.Tiling, rows: int, channels: int) -> list[triton_kernels.Tiling]:
     """Those to try beside the kernels' own, which comes first."""
     others = [
         replace(
             own,
             block_rows=tile // width,
             block_channels=width,
-            splits=max(1, min(programs * width // channels, own.splits * 8)),
+            splits=max(1, min(programs * width // channels, rows * width // tile)),
             num_warps=warps,
         )
         for (tile, warps), width, programs in product(TILES, CHANNELS, PROGRAMS)
@@ -51,7 +50,7 @@ def passes(channels, size):
     """Forward and backward over sets of tensors."""
     like = torch.empty(BATCH, channels, size, size, device=DEVICE, dtype=torch.bfloat16)
     like = like.to(memory_format=torch.channels_last)
-    sets = max(1, GPU_BYTES // like.nbytes) if DEVICE == "cuda" else 1
+    sets = sets_beyond_cache(like.nbytes)
     inputs = [[torch.randn_like(like) for _ in range(3)] for _ in range(sets)]
     weight, bias, *running = torch.ones(4, channels, device=DEVICE).unbind()
     mean, var = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
@@ -71,12 +70,13 @@ def main(path: Path) -> None:
     choose = triton_kernels.tiling
     with path.open("w") as file:
         for channels, size in SHAPES:
-            own = choose(BATCH * size * size, channels, True)
+            rows = BATCH * size * size
+            own = choose(rows, channels, True)
             if own.once:
                 continue
             forward, backward, sets = passes(channels, size)
             # on a CPU a candidate is no recording, and would run with the last tiling
-            tried = tilings(own, channels) if DEVICE == "cuda" else [own]
+            tried = tilings(own, rows, channels) if DEVICE == "cuda" else [own]
             candidates = {}
             for i, tiling in enumerate(tried):
                 triton_kernels.tiling = lambda *_, tiling=tiling: tiling

@@ -25,10 +25,10 @@ from fastres.data.datasets import DATASETS, IMAGE_SIZE, Dataset, Split, load_dat
 from fastres.data.plan import training_plan
 from fastres.errors import UserError
 from fastres.models import create_model
-from fastres.report.profile import advice, plot_profile, profile_table
+from fastres.report.profile import FLAGS, advice, plot_profile, profile_table
 from fastres.roofline import forward_macs, limit_seconds, measure_machine, step_kernels
 from fastres.training import distributed
-from fastres.training.baseline import StudyLoop
+from fastres.training.baseline import EAGER, StudyLoop
 from fastres.training.hardware import tune_libraries
 from fastres.training.run import commit, device_name, resolve, steps_per_epoch, versions, write_json
 from fastres.training.trainer import AMP_DTYPES, Epoch, Trainer
@@ -292,9 +292,7 @@ def build_variants(
     """The studies' loop, then that loop with one thing more at a time, fastres' loop with torch's own modules compiled
     instead of the fused operator, with both where fastres itself would record CUDA graphs, and fastres; and a line for
     each step that is left out, with the reason."""
-    current = replace(
-        defaults, channels_last=False, amp="off", loader="eager", fused=False, compile=False, cuda_graphs=False
-    )
+    current = replace(defaults, **EAGER)
     compile_too = config.compile_variant
     if compile_too is None:
         compile_too = device.type == "cuda"
@@ -422,10 +420,7 @@ def row(variant: Variant, images: int, limit: float, eager: Variant) -> dict[str
         "peak_memory_mb": variant.peak_memory_mb,
         "limit_share": limit / median,
         "warm_up_seconds": variant.warm_up_seconds,
-        "engine": {
-            name: getattr(variant.config, name)
-            for name in ("channels_last", "amp", "loader", "fused", "compile", "compile_mode", "cuda_graphs")
-        },
+        "engine": {name: getattr(variant.config, name) for name in FLAGS},
     }
 
 

@@ -28,13 +28,12 @@ from fastres.roofline import forward_macs
 from fastres.studies import RunDefinition, Study, list_studies, load_study
 from fastres.train import RESUMABLE, configure, prepare, signals_noted
 from fastres.training import distributed
+from fastres.training.baseline import EAGER
 from fastres.training.run import Run, resolve, write_json
 from fastres.training.trainer import Epoch
 
-EAGER: dict[str, Any] = {  # plain PyTorch, whose cost is compared; the schedule costs nothing
-    "loader": "eager", "amp": "off", "channels_last": False, "compile": False, "cuda_graphs": False,
-    "fused": False, "schedule": "constant", "warmup_epochs": 0.0, "milestones": (),
-}  # fmt: skip
+# whose cost is compared; the schedule costs nothing
+EAGER_RUN = EAGER | {"schedule": "constant", "warmup_epochs": 0.0, "milestones": ()}
 EAGER_EPOCHS = 3  # the median leaves the first out, which warms up
 MEASURED_STEPS = 2  # of each model, for --dry-run; as many before them warm up
 ENGINE = ("model", "batch_size", "augmentation", "device", "amp", "channels_last", "fused", "loader", "workers")
@@ -154,7 +153,7 @@ def plan(study: Study, config: StudyConfig, overrides: dict[str, Any], folder: P
             planned.append(run)
             if config.eager_cost and run.config.model not in eager:
                 epochs = min(EAGER_EPOCHS, run.config.epochs)
-                settings = EAGER | {"epochs": epochs, "output_dir": folder / f"eager-{run.config.model}"}
+                settings = EAGER_RUN | {"epochs": epochs, "output_dir": folder / f"eager-{run.config.model}"}
                 eager[run.config.model] = replace(
                     run, name=f"{run.config.model}, eager", config=replace(run.config, **settings)
                 )

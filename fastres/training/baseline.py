@@ -1,6 +1,7 @@
 """What fastres is compared with: the loop that the studies, and most scripts, train with."""
 
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +10,10 @@ from torch.nn import functional as F
 from fastres.config import TrainConfig
 from fastres.data import Loader
 from fastres.training.trainer import AMP_DTYPES, Epoch, compiled
+
+EAGER: dict[str, Any] = {  # the settings of plain PyTorch
+    "channels_last": False, "amp": "off", "loader": "eager", "fused": False, "compile": False, "cuda_graphs": False,
+}  # fmt: skip
 
 
 class StudyLoop:
