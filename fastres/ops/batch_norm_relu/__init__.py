@@ -169,16 +169,18 @@ class _BatchNormReLU(torch.autograd.Function):
 library.impl("batch_norm_relu", _BatchNormReLU.apply, "Autograd")
 
 
-def _cuda_forward(*args):  # type: ignore[no-untyped-def]
+def _cuda_forward(x, *args):  # type: ignore[no-untyped-def]
     from fastres.ops.batch_norm_relu import triton_kernels  # needs Triton, which only comes with CUDA builds
 
-    return triton_kernels.forward(*args)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return triton_kernels.forward(x, *args)
 
 
-def _cuda_backward(*args):  # type: ignore[no-untyped-def]
+def _cuda_backward(grad, *args):  # type: ignore[no-untyped-def]
     from fastres.ops.batch_norm_relu import triton_kernels
 
-    return triton_kernels.backward(*args)
+    with torch.cuda.device_of(grad):
+        return triton_kernels.backward(grad, *args)
 
 
 library.impl("batch_norm_relu", _cuda_forward, "CUDA")

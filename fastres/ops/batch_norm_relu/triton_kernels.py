@@ -24,6 +24,9 @@ from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, new_stat
 # That reduce a tensor: two for each of an H100's multiprocessors, which have the registers for as many at a time.
 PROGRAMS = 264
 MERGED_CHANNELS = 8  # by one program: a sector of 32 bytes from each split
+# Of a loop over tiles: two are on their way while a third is worked on. Without it each thread waits for 16 bytes, and
+# all of them together ask for half of what an H100's memory needs to be asked for at a time.
+STAGES = tl.constexpr(3)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def tiling(rows: int, channels: int, channels_last: bool) -> Tiling:
     block_channels = min(64, triton.next_power_of_2(channels)) if channels_last else 1
     block_rows = 4096 // block_channels
     splits = PROGRAMS // triton.cdiv(channels, block_channels)
-    splits = max(1, min(splits, triton.cdiv(rows, 4 * block_rows)))
+    splits = max(1, min(splits, triton.cdiv(rows, 2 * block_rows)))
     return Tiling(False, block_rows, block_channels, splits, 8)
 
 
@@ -98,38 +101,6 @@ def _before_relu(dy, centered, y, offsets, valid, scale, bias, has_residual: tl.
 
 
 @triton.jit
-def forward_once(
-    x, residual, weight, bias, y, mean, var, running_mean, running_var, momentum: tl.float64,
-    rows, channels, plane, eps: tl.float64,
-    channels_last: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, has_running: tl.constexpr,
-    dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
-):  # fmt: skip
-    """y and all statistics of all rows of a block of channels; x is read once."""
-    row = tl.arange(0, block_rows)
-    channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
-    valid_channel = channel < channels
-    valid = (row < rows)[:, None] & valid_channel[None, :]
-    offsets = _offsets(row, channel, plane, channels, channels_last)
-    values = tl.load(x + offsets, valid, other=0.0).to(dtype)
-    mean_c = tl.sum(values, 0) / rows
-    centered = tl.where(valid, values - mean_c[None, :], 0.0)
-    var_c = tl.sum(centered * centered, 0) / rows
-    _store_statistics(
-        channel, valid_channel, mean_c, var_c, mean, var, running_mean, running_var, momentum, rows, has_running
-    )
-    scale = tl.load(weight + channel, valid_channel, other=0.0).to(dtype) / tl.sqrt(var_c + tl.full([1], eps, dtype))
-    bias_c = tl.load(bias + channel, valid_channel, other=0.0).to(dtype)
-    z = _normalized(values, residual, offsets, valid, mean_c, scale, bias_c, has_residual, relu)
-    tl.store(y + offsets, z.to(y.dtype.element_ty), valid)
-
-
-@triton.jit
-def _tile_from_the_end(i, rows, block_rows: tl.constexpr):
-    """The rows of the i-th tile from the end; negative ones are none."""
-    return rows - (i + 1) * block_rows + tl.arange(0, block_rows)
-
-
-@triton.jit
 def _merged(counts, means, deviations, total):
     """Mean and sum of squared deviations of a whole from those of its parts."""
     near = tl.sum(means * counts, 0) / total
@@ -158,6 +129,38 @@ def _store_statistics(
 
 
 @triton.jit
+def forward_once(
+    x, residual, weight, bias, y, mean, var, running_mean, running_var, momentum: tl.float64,
+    rows, channels, plane, eps: tl.float64,
+    channels_last: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, has_running: tl.constexpr,
+    dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
+):  # fmt: skip
+    """y and all statistics of all rows of a block of channels; x is read once."""
+    row = tl.arange(0, block_rows)
+    channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
+    valid_channel = channel < channels
+    valid = (row < rows)[:, None] & valid_channel[None, :]
+    offsets = _offsets(row, channel, plane, channels, channels_last)
+    values = tl.load(x + offsets, valid, other=0.0).to(dtype)
+    mean_c, deviation_c = _merged(valid.to(dtype), values, tl.zeros_like(values), rows)
+    var_c = deviation_c / rows
+    _store_statistics(
+        channel, valid_channel, mean_c, var_c, mean, var, running_mean, running_var, momentum, rows, has_running
+    )
+    invstd = 1 / tl.sqrt(var_c + tl.full([1], eps, dtype))
+    scale = tl.load(weight + channel, valid_channel, other=0.0).to(dtype) * invstd
+    bias_c = tl.load(bias + channel, valid_channel, other=0.0).to(dtype)
+    z = _normalized(values, residual, offsets, valid, mean_c, scale, bias_c, has_residual, relu)
+    tl.store(y + offsets, z.to(y.dtype.element_ty), valid)
+
+
+@triton.jit
+def _tile_from_the_end(i, rows, block_rows: tl.constexpr):
+    """The rows of the i-th tile from the end; negative ones are none."""
+    return rows - (i + 1) * block_rows + tl.arange(0, block_rows)
+
+
+@triton.jit
 def split_moments(
     x, counts, means, deviations, rows, channels, plane, splits: tl.constexpr, split_tiles: tl.constexpr,
     channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
@@ -174,7 +177,7 @@ def split_moments(
     shift = tl.where(tl.abs(first) < float("inf"), first, 0.0)
     sums = first - shift
     squares = sums * sums
-    for i in tl.range(1, split_tiles, loop_unroll_factor=2):  # so that two tiles are on their way
+    for i in tl.range(1, split_tiles, num_stages=STAGES):
         row = _tile_from_the_end(i * splits + split, rows, block_rows)
         valid = (row >= 0)[:, None] & valid_channel[None, :]
         values = tl.load(x + _offsets(row, channel, plane, channels, channels_last), valid, other=0.0).to(dtype)
@@ -224,8 +227,8 @@ def normalize(
     row, channel = _tile(channels, block_rows, block_channels)
     valid = (row < rows)[:, None] & (channel < channels)[None, :]
     offsets = _offsets(row, channel, plane, channels, channels_last)
-    mean_c, invstd, weight_c, bias_c = _affine(channel, channel < channels, weight, bias, mean, var, eps, dtype)
     values = tl.load(x + offsets, valid, other=0.0).to(dtype)
+    mean_c, invstd, weight_c, bias_c = _affine(channel, channel < channels, weight, bias, mean, var, eps, dtype)
     z = _normalized(values, residual, offsets, valid, mean_c, weight_c * invstd, bias_c, has_residual, relu)
     tl.store(y + offsets, z.to(y.dtype.element_ty), valid)
 
@@ -272,7 +275,7 @@ def split_sums(
     mean_c, invstd, weight_c, bias_c = _affine(channel, valid_channel, weight, bias, mean, var, eps, dtype)
     sums = tl.zeros([block_rows, block_channels], dtype)
     products = tl.zeros([block_rows, block_channels], dtype)
-    for i in range(split_tiles):
+    for i in tl.range(split_tiles, num_stages=STAGES):
         row = _tile_from_the_end(i * splits + split, rows, block_rows)
         valid = (row >= 0)[:, None] & valid_channel[None, :]
         offsets = _offsets(row, channel, plane, channels, channels_last)
