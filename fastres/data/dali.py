@@ -1,5 +1,6 @@
 """The loader that users get: DALI pipelines, for CPU and GPU, that apply the epoch plan to whole batches."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
@@ -18,10 +19,11 @@ DECODE_BATCH, DECODE_BATCH_LARGE = 512, 16  # of 32x32 images; of images that ma
 class DaliLoader:
     """Applies the plan of an epoch to a split with DALI, in ``workers`` threads and, for CUDA, on the device.
 
-    Encoded images are decoded (and resized) once, here, and kept as 3 KiB of pixels each. ``plan_of_epoch(epoch)``
-    gives the EpochPlan, always of one length. Batches are float32 ``[B, 3, 32, 32]`` channels-last, normalised with
-    ``mean`` and ``std`` of pixels in [0, 1], and int64 ``[B]``, both on ``device``. The pipeline runs ahead, also over
-    the end of an epoch, so that the next epoch's first batch is ready when it is asked for.
+    Encoded images are decoded (and resized) once, here, by the CPU, and kept as 3 KiB of pixels each.
+    ``plan_of_epoch(epoch)`` gives the EpochPlan, always of one length. Batches are float32 ``[B, 3, 32, 32]``
+    channels-last, normalised with ``mean`` and ``std`` of pixels in [0, 1], and int64 ``[B]``, both on ``device``. The
+    pipeline runs ahead, also over the end of an epoch, so that the next epoch's first batch is ready when it is asked
+    for.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class DaliLoader:
         device: torch.device,
         workers: int = 2,
     ) -> None:
-        self.images = decode(split, device, workers) if isinstance(split.images, list) else split.images
+        self.images = decode(split, workers) if isinstance(split.images, list) else split.images
         self.labels, self.plan_of_epoch = split.labels, plan_of_epoch
         self.batch_size = batch_size
         self.mean, self.std = mean, std
@@ -43,6 +45,7 @@ class DaliLoader:
         self.num_batches = -(-len(plan_of_epoch(0)) // batch_size)
         self.pipeline: Pipeline | None = None
         self.upcoming = 0, 0  # the epoch and the batch that the pipeline gives next
+        self.lent: deque[tuple[torch.cuda.Event, Batch]] = deque()  # with the end of what was to be done with it
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -58,10 +61,26 @@ class DaliLoader:
         for batch in range(first_batch, self.num_batches):
             images, labels = self.pipeline.run()
             self.upcoming = (epoch, batch + 1) if batch + 1 < self.num_batches else (epoch + 1, 0)
-            yield (
+            tensors = (
                 torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2),
                 torch.from_dlpack(labels.as_tensor()),
             )
+            try:
+                yield tensors
+            finally:
+                if self.device.type == "cuda":
+                    self._keep_until_done(tensors)
+
+    def _keep_until_done(self, batch: Batch) -> None:
+        """Keeps ``batch`` until the device has done what it was told to do so far.
+
+        The memory is DALI's, which would take it back as soon as the host has forgotten the batch.
+        """
+        done = torch.cuda.Event()
+        done.record()
+        self.lent.append((done, batch))
+        while self.lent and self.lent[0][0].query():
+            self.lent.popleft()
 
     def _build(self, epoch: int, first_batch: int) -> Pipeline:
         """The pipeline that begins with ``first_batch`` of ``epoch``."""
@@ -163,20 +182,21 @@ class _PlannedBatches:
         )
 
 
-def decode(split: Split, device: torch.device, workers: int) -> np.ndarray:
-    """The pixels of an encoded split, uint8 ``[N, 32, 32, 3]``; on CUDA the device does part of the work.
+def decode(split: Split, workers: int) -> np.ndarray:
+    """The pixels of an encoded split, uint8 ``[N, 32, 32, 3]``.
 
-    Pillow decodes a batch that DALI, which is stricter about damage, refuses.
+    By the CPU, whose JPEG decoder agrees with Pillow's to within 3 of 255 levels. Pillow decodes a batch that DALI,
+    which is stricter about damage, refuses.
     """
     pixels = np.empty((len(split), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     batch_size = DECODE_BATCH_LARGE if split.resize else DECODE_BATCH
     batches = [slice(start, start + batch_size) for start in range(0, len(split), batch_size)]
     pipeline: Pipeline | None = None
     for i, batch in enumerate(batches):
-        pipeline = pipeline or _decoder(split, batches[i:], device, workers)
+        pipeline = pipeline or _decoder(split, batches[i:], workers)
         try:
             (images,) = pipeline.run()
-            pixels[batch] = images.as_cpu().as_array()
+            pixels[batch] = images.as_array()
         except RuntimeError:
             pipeline = None  # which the error has ended
             images = (decode_image(file) for file in split.images[batch])
@@ -185,12 +205,12 @@ def decode(split: Split, device: torch.device, workers: int) -> np.ndarray:
     return pixels
 
 
-def _decoder(split: Split, batches: list[slice], device: torch.device, workers: int) -> Pipeline:
+def _decoder(split: Split, batches: list[slice], workers: int) -> Pipeline:
     """The pipeline that gives the images of ``batches``, which are all of one size, at most."""
-    pipeline = _pipeline(batches[0].stop - batches[0].start, device, workers)
+    pipeline = _pipeline(batches[0].stop - batches[0].start, torch.device("cpu"), workers)
     with pipeline:
         files = fn.external_source(source=(split.images[batch] for batch in batches), dtype=types.UINT8, ndim=1)
-        images = fn.decoders.image(files, device="mixed" if device.type == "cuda" else "cpu", output_type=types.RGB)
+        images = fn.decoders.image(files, device="cpu", output_type=types.RGB)
         if split.resize:
             images = fn.resize(images, size=[IMAGE_SIZE, IMAGE_SIZE], interp_type=types.INTERP_LINEAR)
         pipeline.set_outputs(images)

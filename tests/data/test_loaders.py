@@ -69,6 +69,24 @@ def test_batches_are_what_the_plan_says(name, augmentation, device, arrays):
         np.testing.assert_allclose(images, reference(arrays, split, plan), atol=2e-6)
 
 
+@pytest.mark.gpu
+def test_a_batch_is_kept_while_the_device_lags_behind(arrays):
+    split = Split(arrays.train.images, np.arange(60))
+    plan_of_epoch = partial(training_plan, 5, num_images=60, augmentation="crop-flip-cutout")
+    loader = make_loader("dali", split, plan_of_epoch, arrays, device="cuda")
+    seen = []
+    for epoch in range(5):
+        for images, labels in loader.epoch(epoch):
+            torch.cuda._sleep(10**7)  # clock cycles
+            seen.append((images.clone(), labels.clone()))
+            del images, labels
+    images, labels = (torch.cat(parts).cpu() for parts in zip(*seen, strict=True))
+    plans = [plan_of_epoch(epoch) for epoch in range(5)]
+    np.testing.assert_array_equal(labels, np.concatenate([plan.order for plan in plans]))
+    expected = np.concatenate([reference(arrays, split, plan) for plan in plans])
+    np.testing.assert_allclose(images, expected, atol=2e-6)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
