@@ -101,7 +101,7 @@ def test_compile_warm_up(benchmark, model, dataset, monkeypatch):
     """The first step of a compiled model, with nothing in the compiler's caches."""
     monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
     torch.compiler.reset()
-    config = replace(defaults(model, dataset), compile=True, cuda_graphs=False)
+    config = replace(defaults(model, dataset), compile=True)
     trainer, step = make_trainer(config, dataset), Resident(first_batch(config, dataset), 1)
     describe(benchmark, "compile", config)
     benchmark.pedantic(lambda: train(trainer, step), rounds=1)

@@ -15,7 +15,7 @@ from fastres.data.plan import AUGMENTATIONS
 from fastres.errors import UserError
 from fastres.models import MODELS
 
-COMPILE_MODES = ("auto", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def flag(group: str, help: str, default: Any, choices: Sequence[str] | None = None) -> Any:
@@ -97,15 +97,14 @@ class TrainConfig:
     )
     compile_mode: str = flag(
         "Engine",
-        "of torch.compile; reduce-overhead and max-autotune record CUDA graphs; auto: reduce-overhead on CUDA, in a "
-        "single process",
-        "auto",
+        "of torch.compile; reduce-overhead and max-autotune record CUDA graphs of their own, of the model alone",
+        "default",
         COMPILE_MODES,
     )
     cuda_graphs: bool | None = flag(
         "Engine",
-        "record the training step of a model that is not compiled as CUDA graphs, so that the GPU need not wait for "
-        "Python; auto: on CUDA, in a single process",
+        "record the whole training step, compiled or not, as a CUDA graph, so that the GPU need not wait for Python; "
+        "auto: on CUDA, in a single process",
         None,
     )
 

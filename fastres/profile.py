@@ -36,7 +36,7 @@ from fastres.training.trainer import AMP_DTYPES, Epoch, Trainer
 BATCH_SIZES = {"cuda": 128, "cpu": 32}  # the studies' 128 takes a CPU longer than one waits for a profile
 RIVAL = "compile, not fused"
 COMPILED = "fastres, compiled"
-LEAST_STEPS = 2  # in a round
+LEAST_STEPS = {"cuda": 20, "cpu": 2}  # in a round; the eager loader has 4 batches in stock
 LOADER_IMAGES = 20_000  # so that the start of the loader is a small part of a pass
 LOADER_PASSES = 3
 
@@ -198,8 +198,9 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
 
     steps_of_epoch = steps_per_epoch(defaults, len(dataset.train))
     affordable = config.seconds / (sum(step_seconds) + step_seconds[-1])
-    rounds = int(min(max(affordable // LEAST_STEPS, 1), config.rounds))
-    steps = int(min(max(affordable // rounds, LEAST_STEPS), steps_of_epoch))
+    least = LEAST_STEPS[device.type]
+    rounds = int(min(max(affordable // least, 1), config.rounds))
+    steps = int(min(max(affordable // rounds, least), steps_of_epoch))
     for variant in variants:
         variant.window = Window(planned_loader(variant.config, dataset, steps_of_epoch), steps)
     model_alone.window = Resident(first_batch(fastres.config, dataset), steps)
@@ -249,7 +250,7 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
     if config.trace:
         trace = defaults.output_dir / "trace.json"
         with torch.profiler.profile(profile_memory=True) as recorded:
-            train(fastres.engine, Resident(first_batch(fastres.config, dataset), LEAST_STEPS))
+            train(fastres.engine, Resident(first_batch(fastres.config, dataset), 2))
         recorded.export_chrome_trace(str(trace))
         console.print(f"trace:   {trace}, for chrome://tracing or ui.perfetto.dev")
     return result
@@ -324,7 +325,7 @@ def build_variants(
         mode = "max-autotune" if device.type == "cuda" else "default"
         variants.append((RIVAL, replace(defaults, fused=False, compile=True, compile_mode=mode, cuda_graphs=False)))
         if defaults.cuda_graphs:
-            variants.append((COMPILED, replace(defaults, compile=True, cuda_graphs=False)))
+            variants.append((COMPILED, replace(defaults, compile=True)))
     variants.append(("fastres", defaults))
     return [Variant(name, settings, engine(name, settings)) for name, settings in variants], left_out
 
@@ -354,43 +355,46 @@ def first_batch(config: TrainConfig, dataset: Dataset) -> Batch:
 
 
 def warm_up(variant: Variant, dataset: Dataset, console: Console) -> float:
-    """Takes the first step, which compiles and tunes, and a second under the eyes of the allocator; returns its
-    seconds. A step is recorded after that: the allocator does not see what a recording uses."""
+    """Takes the first step, which compiles and tunes, a second under the eyes of the allocator, in which the compiler
+    may record, and a third; returns its seconds. fastres records its step before that one: the allocator does not see
+    what a recording uses."""
     step = Resident(first_batch(variant.config, dataset), 1)
     start = time.perf_counter()
     train(variant.engine, step)
     variant.warm_up_seconds = time.perf_counter() - start
-    seconds, variant.peak_memory_mb = watch_memory(variant.engine, step)
+    variant.peak_memory_mb = watch_memory(variant.engine, step)
     if variant.config.cuda_graphs and isinstance(variant.engine, Trainer):
         variant.warm_up_seconds += variant.engine.warm_up()
+    seconds = train(variant.engine, step).seconds
     console.print(
-        f"{variant.name}: first step {variant.warm_up_seconds:.2f} s, second {seconds:.2f} s, "
+        f"{variant.name}: first step {variant.warm_up_seconds:.2f} s, third {seconds:.2f} s, "
         f"peak memory {variant.peak_memory_mb:,.0f} MiB"
     )
     return seconds
 
 
-def watch_memory(engine: StudyLoop | Trainer, step: Loader) -> tuple[float, float]:
-    """Seconds of a training step on ``step``, and the most MiB that torch's allocator held for this engine during it.
+def watch_memory(engine: StudyLoop | Trainer, step: Loader) -> float:
+    """The most MiB that torch's allocator held for this engine during a training step on ``step``.
 
     That is the engine's weights and optimizer state, and the peak of what the step allocated on top of what was there.
     """
     held = [*engine.model.parameters(), *engine.model.buffers()]
     held += [value for state in engine.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     own = sum(tensor.numel() * tensor.itemsize for tensor in held)
+    engine.optimizer.zero_grad()  # the step's gradients count as allocated in it, not those that it frees
     if engine.device.type == "cuda":
         before = torch.cuda.memory_allocated(engine.device)
         torch.cuda.reset_peak_memory_stats(engine.device)
-        seconds = train(engine, step).seconds
+        train(engine, step)
         allocated = torch.cuda.max_memory_allocated(engine.device) - before
     else:
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, profile_memory=True) as recorded:
-            seconds = train(engine, step).seconds
+            train(engine, step)
         events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
         events.sort(key=lambda event: event.start_ns())
         allocated = max(accumulate(event.nbytes() for event in events), default=0)
-    return seconds, (own + allocated) / 2**20
+    return (own + allocated) / 2**20
 
 
 def loaders_alone(configs: Sequence[TrainConfig], dataset: Dataset) -> dict[str, float]:

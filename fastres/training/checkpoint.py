@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.optim.lr_scheduler import LambdaLR
 
 from fastres.errors import RunError, UserError
 from fastres.training import distributed
@@ -89,17 +88,14 @@ def save_checkpoint(path: Path, trainer: Trainer, history: list[dict[str, Any]],
 
 def snapshot(trainer: Trainer, history: list[dict[str, Any]], epoch: Epoch | None) -> dict[str, Any]:
     """What ``save_checkpoint`` writes for a single process, whose random states it puts into lists."""
-    buffers = {
-        name: trainer.optimizer.state.get(p, {}).get("momentum_buffer") for name, p in trainer.model.named_parameters()
-    }
     return {
         "format": FORMAT,
         "config": trainer.config.to_json(),
         "history": history,
         "epoch": epoch and epoch.state_dict(),
-        "step": trainer.scheduler.last_epoch,
+        "step": len(history) * trainer.steps_per_epoch + (epoch.steps if epoch else 0),
         "model": trainer.model.state_dict(),
-        "momentum": {name: buffer for name, buffer in buffers.items() if buffer is not None},
+        "momentum": trainer.momentum_buffers(),
         "scaler": trainer.scaler.state_dict(),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(trainer.device) if trainer.device.type == "cuda" else None,
@@ -138,11 +134,8 @@ def restore(state: dict[str, Any], trainer: Trainer) -> Epoch | None:
     distributed.from_rank_0(_fit_expected(trainer)(lambda: check(state, trainer)))
     with _fit_expected(trainer):
         trainer.model.load_state_dict(state["model"])
-        for name, parameter in trainer.model.named_parameters():
-            if name in state["momentum"]:
-                buffer = torch.empty_like(parameter, requires_grad=False).copy_(state["momentum"][name])
-                trainer.optimizer.state[parameter]["momentum_buffer"] = buffer
-        trainer.scheduler = LambdaLR(trainer.optimizer, trainer.scheduler.lr_lambdas, last_epoch=state["step"] - 1)
+        for name, buffer in trainer.momentum_buffers().items():
+            buffer.copy_(state["momentum"][name])
         trainer.scaler.load_state_dict(state["scaler"])
         rank = distributed.rank()
         if rank < len(state["rng"]):
@@ -181,8 +174,6 @@ def check(state: dict[str, Any], trainer: Trainer) -> None:
         steps += done
     if state["step"] != steps:
         raise ValueError(f"it is at step {state['step']:,} instead of {steps:,}: was the training set another?")
-    if steps and trainer.config.momentum:
-        expected["momentum"] = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
     for part in ("model", "momentum", "scaler"):
         check_like(state[part], expected[part], part)
     for part in RANDOM_STATES:

@@ -6,6 +6,7 @@ from fastres.errors import UserError
 from fastres.training.distributed import local_device, world_size
 from fastres.training.memory import keep_freed_memory
 
+RECORDING_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile: they record CUDA graphs
 COMPILE_STEPS = 2000  # a run shorter than this may not win back the minute that compiling takes
 
 
@@ -50,19 +51,12 @@ def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> tup
     return long_enough, f"{steps:,} steps, pays from about {COMPILE_STEPS:,}"
 
 
-def choose_compile_mode(name: str, device: torch.device) -> str:
-    """One of torch.compile's modes."""
-    if name != "auto":
-        return name
-    return "reduce-overhead" if device.type == "cuda" and world_size() == 1 else "default"
-
-
-def choose_cuda_graphs(wanted: bool | None, device: torch.device, compiled: bool) -> tuple[bool, str]:
-    """Whether to record the training step, if that can be done here."""
+def choose_cuda_graphs(wanted: bool | None, device: torch.device, compile_mode: str | None) -> tuple[bool, str]:
+    """Whether to record the training step, if that can be done here; ``compile_mode`` is None without torch.compile."""
     if device.type == "cpu":
         return False, "CPU"
-    if compiled:
-        return False, "the compiler's own, by --compile-mode"
+    if compile_mode in RECORDING_MODES:
+        return False, f"--compile-mode {compile_mode} has its own"
     if world_size() > 1:
         return False, "several processes"
     if wanted is not None:

@@ -31,7 +31,6 @@ from fastres.training.checkpoint import load_weights, restore, save_checkpoint, 
 from fastres.training.hardware import (
     choose_amp,
     choose_compile,
-    choose_compile_mode,
     choose_cuda_graphs,
     choose_device,
 )
@@ -60,7 +59,7 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
     device, device_why = choose_device(config.device)
     amp, amp_why = choose_amp(config.amp, device)
     compiled, compile_why = choose_compile(config.compile, device, steps)
-    cuda_graphs, graphs_why = choose_cuda_graphs(config.cuda_graphs, device, compiled)
+    cuda_graphs, graphs_why = choose_cuda_graphs(config.cuda_graphs, device, config.compile_mode if compiled else None)
     loader, loader_why = choose_loader(config.loader)
     output_dir = config.output_dir or Path("runs") / f"{config.model}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
     zero_gamma = config.model.startswith("resnet") if config.zero_gamma is None else config.zero_gamma
@@ -70,7 +69,6 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
         device=device.type,
         amp=amp,
         compile=compiled,
-        compile_mode=choose_compile_mode(config.compile_mode, device),
         cuda_graphs=cuda_graphs,
         loader=loader,
         output_dir=output_dir,

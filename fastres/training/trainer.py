@@ -19,6 +19,7 @@ from fastres.training import distributed
 from fastres.training.schedule import lr_factor
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+Step = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # images, labels -> loss, logits
 CPU_OUT_OF_MEMORY = "can't allocate memory"  # in torch's RuntimeError, which is of no type of its own
 
 
@@ -111,14 +112,29 @@ def compiled(model: nn.Module, config: TrainConfig) -> Callable[..., torch.Tenso
     return torch.compile(model, dynamic=False, mode=config.compile_mode) if config.compile else model
 
 
-def recorded(model: nn.Module, images: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``model`` in training, its passes forward and backward recorded as CUDA graphs for batches like ``images``.
+def recorded(step: Step, images: torch.Tensor, labels: torch.Tensor) -> Step:
+    """``step`` as one CUDA graph, for batches like ``images`` and ``labels``, which it keeps.
 
-    The recording shares weights and buffers with the model, which itself stays as it is, and runs for other batches.
+    What it returns is overwritten by its next call.
     """
-    torch.cuda.make_graphed_callables(model, (images,))
-    replay = model.__dict__.pop("forward")
-    return lambda batch: replay(batch) if batch.shape == images.shape else model(batch)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # in which libraries compile and choose kernels, and take their memory
+            step(images, labels)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # in the threads of a loader CUDA may be called meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = step(images, labels)
+
+    def replay(new_images: torch.Tensor, new_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        images.copy_(new_images)
+        labels.copy_(new_labels)
+        graph.replay()
+        return results
+
+    return replay
 
 
 class Trainer:
@@ -138,41 +154,45 @@ class Trainer:
         self.predict = self.forward = compiled(self.model, config)
         if distributed.world_size() > 1:
             self.forward = compiled(DistributedDataParallel(self.model), config)
+        self.replay: Step | None = None  # the recorded step
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
-            lr=config.lr,
+            lr=torch.tensor(config.lr, device=device) if config.cuda_graphs else config.lr,  # a graph reads it anew
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lr_factor(
-                config.schedule,
-                epochs=config.epochs,
-                steps_per_epoch=steps_per_epoch,
-                warmup_epochs=config.warmup_epochs,
-                milestones=config.milestones,
-            ),
+        if config.momentum:
+            # SGD would take memory as it comes for it, and keep that if it skips the first step, as fp16 often does
+            for parameter in self.model.parameters():
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.lr_factor = lr_factor(
+            config.schedule,
+            epochs=config.epochs,
+            steps_per_epoch=steps_per_epoch,
+            warmup_epochs=config.warmup_epochs,
+            milestones=config.milestones,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
 
     def warm_up(self) -> float:
-        """Compiles or records, if so configured, and lets libraries choose their kernels: one step and one evaluation
-        of noise.
+        """Compiles or records, if so configured, and lets libraries choose their kernels: steps and an evaluation of
+        noise.
 
         Weights, statistics, optimizer and random state stay as they are. Returns the seconds that it took.
         """
         start = time.perf_counter()
-        state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        tensors = [*self.model.state_dict().values(), *self.momentum_buffers().values()]
+        values, scaler = [tensor.clone() for tensor in tensors], self.scaler.state_dict()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             with enough_memory("--batch-size", self.config.batch_size):
                 self._warm_up(self.config.batch_size, training=True)
             with enough_memory("--eval-batch-size", self.config.eval_batch_size):
                 self._warm_up(self.config.eval_batch_size, training=False)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.model.load_state_dict(state)
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)  # in place, where a recording finds it
+        self.scaler.load_state_dict(scaler)
         self.synchronize()
         return time.perf_counter() - start
 
@@ -180,13 +200,13 @@ class Trainer:
         size = distributed.largest_share(batch_size)
         images, labels = self._to_device(torch.randn(size, 3, 32, 32), torch.zeros(size, dtype=torch.int64))
         self.model.train(training)
-        with torch.set_grad_enabled(training), self._autocast():
-            if training and self.config.cuda_graphs:
-                self.forward = recorded(self.model, images)
-            forward = self.forward if training else self.predict
-            loss = F.cross_entropy(forward(images), labels)
-        if training:
-            loss.backward()
+        if not training:
+            with torch.no_grad(), self._autocast():
+                self.predict(images)
+        elif self.config.cuda_graphs:
+            self.replay = recorded(self._step, images, labels)
+        else:
+            self._step(images, labels)
 
     def train_epoch(self, loader: Loader, epoch: Epoch, after_step: Callable[[], None] = lambda: None) -> None:
         """Trains on the rest of ``epoch``, bringing it up to date, and calls ``after_step`` after each step.
@@ -202,10 +222,13 @@ class Trainer:
             epoch.data_wait_seconds += time.perf_counter() - asked
             last = epoch.steps + 1 == steps  # the only step whose batch may have unequal shares
             weight = self._weight(len(labels)) if last else 1.0
-            epoch.lr = self.optimizer.param_groups[0]["lr"]
+            epoch.lr = self._set_lr(epoch.number * self.steps_per_epoch + epoch.steps)
             with enough_memory("--batch-size", self.config.batch_size):
                 images, labels = self._to_device(images, labels)
-                loss, logits = self._step(images, labels, weight)
+                if self.replay and len(labels) == self.config.batch_size:
+                    loss, logits = self.replay(images, labels)
+                else:
+                    loss, logits = self._step(images, labels, weight)
             epoch.loss_sum += loss * len(labels)
             epoch.finite_steps += epoch.loss_sum.isfinite()
             epoch.correct += (logits.argmax(1) == labels).sum()
@@ -217,7 +240,20 @@ class Trainer:
         self.synchronize()
         epoch.seconds += time.perf_counter() - start
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _set_lr(self, step: int) -> float:
+        """Sets the learning rate of a step, counted from the start of the run, and returns it."""
+        lr = self.config.lr * self.lr_factor(step)
+        for group in self.optimizer.param_groups:
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        return lr
+
+    def _step(
+        self, images: torch.Tensor, labels: torch.Tensor, weight: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Trains on a batch and returns its mean loss and its logits."""
         with self._autocast():
             logits = self.forward(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
@@ -225,7 +261,6 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
         return loss.detach(), logits.detach()
 
     def _weight(self, images: int) -> float:
@@ -253,6 +288,11 @@ class Trainer:
             accuracy=100 * counts.diag().sum().item() / counts.sum().item(),
             confusion=counts.tolist(),
         )
+
+    def momentum_buffers(self) -> dict[str, torch.Tensor]:
+        """By the names of the parameters; empty without momentum."""
+        state = self.optimizer.state
+        return {name: state[p]["momentum_buffer"] for name, p in self.model.named_parameters() if state[p]}
 
     def synchronize(self) -> None:
         """Waits until the device has done what it was given."""

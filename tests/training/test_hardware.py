@@ -7,25 +7,24 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("device", "processes", "wanted", "steps", "compiled", "recorded", "mode"),
+    ("device", "processes", "wanted", "steps", "compiled", "recorded"),
     [
-        (CPU, 1, None, 10**6, False, False, "default"),
-        (CUDA, 1, None, 10**6, False, True, "reduce-overhead"),
-        (CUDA, 1, True, 10, True, False, "reduce-overhead"),
-        (CUDA, 2, None, 10, False, False, "default"),
-        (CUDA, 2, None, 10**6, True, False, "default"),
-        (CUDA, 2, False, 10**6, False, False, "default"),
+        (CPU, 1, None, 10**6, False, False),
+        (CUDA, 1, None, 10**6, False, True),
+        (CUDA, 1, True, 10, True, True),
+        (CUDA, 2, None, 10, False, False),
+        (CUDA, 2, None, 10**6, True, False),
+        (CUDA, 2, False, 10**6, False, False),
     ],
 )
-def test_a_step_is_compiled_or_recorded(device, processes, wanted, steps, compiled, recorded, mode, monkeypatch):
+def test_a_step_is_compiled_and_recorded(device, processes, wanted, steps, compiled, recorded, monkeypatch):
     monkeypatch.setattr(hardware, "world_size", lambda: processes)
     assert hardware.choose_compile(wanted, device, steps)[0] == compiled
-    assert hardware.choose_cuda_graphs(None, device, compiled)[0] == recorded
-    assert hardware.choose_compile_mode("auto", device) == mode
-    assert hardware.choose_compile_mode("max-autotune", device) == "max-autotune"
+    assert hardware.choose_cuda_graphs(None, device, "default" if compiled else None)[0] == recorded
 
 
 def test_what_was_asked_for_is_taken_where_it_can_be_had():
-    assert hardware.choose_cuda_graphs(False, CUDA, False) == (False, "asked for")
-    assert hardware.choose_cuda_graphs(True, CUDA, False) == (True, "asked for")
-    assert hardware.choose_cuda_graphs(True, CPU, False) == (False, "CPU")
+    assert hardware.choose_cuda_graphs(False, CUDA, None) == (False, "asked for")
+    assert hardware.choose_cuda_graphs(True, CUDA, None) == (True, "asked for")
+    assert hardware.choose_cuda_graphs(True, CPU, None) == (False, "CPU")
+    assert not hardware.choose_cuda_graphs(True, CUDA, "max-autotune")[0]
