@@ -5,7 +5,7 @@
 #
 # Each result is in FOLDER (benchmarks/results/MACHINE-DATE) as soon as it is there; a step that fails or takes too
 # long is noted in steps.txt, and the next begins. What no time is left for is noted, too: called again with the same
-# FOLDER, the script does what has not succeeded yet. PYTHON names the interpreter that fastres is installed for, BUDGET
+# FOLDER, the script does what has not come to its end yet, and what has been deleted from steps.txt. PYTHON names the interpreter that fastres is installed for, BUDGET
 # the seconds for all of it, DATA a folder with CIFAR-10 as train/<class>/ and test/<class>/ (digits otherwise). QUICK=1
 # takes tiny sizes, to try the script itself, also where there is no GPU.
 set -uo pipefail
@@ -23,12 +23,12 @@ out=${1:-benchmarks/results/$machine-$(date +%F)}
 mkdir -p "$out"
 touch "$out/steps.txt"
 
-# step NAME SECONDS COMMAND...: runs it for at most SECONDS, keeps what it prints, and says how it ended; once it
-# succeeded, no more
+# step NAME SECONDS COMMAND...: runs it for at most SECONDS, keeps what it prints, and says how it ended; no more if it
+# ended before, other than by its limit (124, 137)
 step() {
     local name=$1 limit=$2 start=$SECONDS left=$((BUDGET - SECONDS)) code=0
     shift 2
-    grep -q "^$name: exit code 0 " "$out/steps.txt" && return
+    grep -Eq "^$name: exit code [0-9]{1,2} " "$out/steps.txt" && return
     if ((left < limit / 2)); then # it would be cut, and nothing kept
         echo "$name: left out, no time" | tee -a "$out/steps.txt"
         return
@@ -47,12 +47,12 @@ pytest() { # NAME SECONDS FILE...: a benchmark
 
 models=(resnet50 resnet18 vgg16 vgg19_bn_4096)
 batches=(128 512)
-sizes=(--seconds 6)
+sizes=(--seconds 20)
 training=(--dataset digits --epochs 8)
 interpreter=()
 [[ ${DATA:-} ]] && training=(--dataset folder --data-dir "$DATA" --epochs 30 --augmentation crop-flip-cutout)
 if [[ ${QUICK:-} ]]; then
-    models=(vgg11)
+    models=(vgg11 vgg13)
     batches=(8)
     sizes=(--seconds 1 --images 64 --rounds 1)
     training=(--dataset digits --epochs 2 --batch-size 256)
@@ -60,18 +60,33 @@ if [[ ${QUICK:-} ]]; then
     [[ $machine == cpu ]] && interpreter=(env TRITON_INTERPRET=1)
 fi
 
+profile() { # NAME SECONDS MODEL BATCH FLAG...
+    local name=profile-$1 limit=$2 model=$3 batch=$4
+    shift 4
+    step "$name" "$limit" "$PYTHON" -m fastres.profile --model "$model" --batch-size "$batch" "${sizes[@]}" "$@" \
+        --output-dir "$out/$name"
+}
+
+train() { # MODEL
+    step "train-$1" 150 "$PYTHON" -m fastres.train --model "$1" "${training[@]}" --output-dir "$out/train-$1"
+}
+
 parallel=()
 "$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n 8) # compiling hundreds of kernels takes most of the time
 step gpu-tests 150 "$PYTHON" -m pytest -m gpu "${parallel[@]}"
-pytest operator 300 benchmarks/test_batch_norm_relu.py
+profile "${models[0]}-${batches[0]}" 100 "${models[0]}" "${batches[0]}" --no-compile-variant
+pytest operator 240 benchmarks/test_batch_norm_relu.py
+for model in "${models[@]:1}"; do
+    profile "$model-${batches[0]}" 80 "$model" "${batches[0]}" --no-compile-variant
+done
+train "${models[1]}"
 pytest loaders 60 benchmarks/test_loaders.py
-for batch in "${batches[@]}"; do
+pytest steps 120 benchmarks/test_training.py -k "step or epoch"
+# compiling takes most of the time, and max-autotune, the rival's, most of that
+profile "${models[0]}-${batches[0]}-compiled" 420 "${models[0]}" "${batches[0]}" --compile-variant
+for batch in "${batches[@]:1}"; do
     for model in "${models[@]}"; do
-        # compiling takes most of the time; ResNet-50 shows what it gains, and how its rival with max-autotune does
-        variant=--no-compile-variant limit=90
-        [[ $model-$batch == resnet50-128 ]] && variant=--compile-variant limit=400
-        step "profile-$model-$batch" "$limit" "$PYTHON" -m fastres.profile --model "$model" --batch-size "$batch" \
-            "${sizes[@]}" "$variant" --output-dir "$out/profile-$model-$batch"
+        profile "$model-$batch" 80 "$model" "$batch" --no-compile-variant
     done
 done
 step tilings 200 "${interpreter[@]}" "$PYTHON" benchmarks/tune_batch_norm_relu.py "$out/tilings.json"
@@ -79,8 +94,7 @@ if [[ ${DATA:-} ]]; then
     step study-architecture 150 "$PYTHON" -m fastres.study architecture --dataset folder --data-dir "$DATA" \
         --output-dir "$out/study-architecture"
 fi
-for model in "${models[@]}"; do
-    step "train-$model" 150 "$PYTHON" -m fastres.train --model "$model" "${training[@]}" \
-        --output-dir "$out/train-$model"
+for model in "${models[0]}" "${models[@]:2}"; do
+    train "$model"
 done
 echo "results: $out"

@@ -54,8 +54,8 @@ def test_loader(benchmark, dataset, device):
         numbers = count()
 
         def run():
-            images = sum(len(labels.to(device)) for _, labels in loader.epoch(next(numbers)))
-            assert images == IMAGES
+            seen = sum(len(images.to(device)) for images, _ in loader.epoch(next(numbers)))
+            assert seen == IMAGES
             if device == "cuda":
                 torch.cuda.synchronize()
 

@@ -141,9 +141,13 @@ def test_the_gpu_script_keeps_results_and_goes_on(run_gpu):
     out, steps = run_gpu()
     assert steps == [
         "gpu-tests: exit code 0",
-        "operator: exit code 0",
-        "loaders: exit code 0",
         "profile-vgg11-8: exit code 3",
+        "operator: exit code 0",
+        "profile-vgg13-8: exit code 0",
+        "train-vgg13: exit code 0",
+        "loaders: exit code 0",
+        "steps: exit code 0",
+        "profile-vgg11-8-compiled: exit code 3",
         "tilings: exit code 0",
         "train-vgg11: exit code 3",
     ]
@@ -152,12 +156,21 @@ def test_the_gpu_script_keeps_results_and_goes_on(run_gpu):
 
 def test_the_gpu_script_ends_in_time_and_can_be_called_again(run_gpu):
     _, steps = run_gpu(BUDGET="1")
-    assert len(steps) == 6
+    assert len(steps) == 10
     assert all(line.endswith(": left out, no time") for line in steps)
     _, steps = run_gpu()
-    assert steps[6:9] == ["gpu-tests: exit code 0", "operator: exit code 0", "loaders: exit code 0"]
+    assert steps[10:13] == ["gpu-tests: exit code 0", "profile-vgg11-8: exit code 3", "operator: exit code 0"]
     _, again = run_gpu(DATA="cifar10")
-    assert again[12:] == ["profile-vgg11-8: exit code 3", "study-architecture: exit code 0", "train-vgg11: exit code 3"]
+    assert again[20:] == ["study-architecture: exit code 0"]  # what failed would fail again
+
+
+def test_the_gpu_script_repeats_what_ran_into_its_limit_and_what_was_deleted(run_gpu):
+    out, _ = run_gpu()
+    lines = (out / "steps.txt").read_text().splitlines()
+    lines[0] = "gpu-tests: exit code 124 after 150 s"
+    (out / "steps.txt").write_text("\n".join(line for line in lines if not line.startswith("operator")) + "\n")
+    _, steps = run_gpu()
+    assert steps[9:] == ["gpu-tests: exit code 0", "operator: exit code 0"]
 
 
 def test_runs_are_shown_with_their_command():
