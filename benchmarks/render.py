@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from fastres.report.study import read_results, scale_line
+from fastres.report.study import read_results, scale_line, table
 
 Content = dict[str, Any]
 
@@ -76,7 +76,7 @@ def profile_table(profile: Content) -> str:
         f"{profile['steps_per_round']} of {profile['steps_per_epoch']} steps; torch {profile['versions']['torch']}, "
         f"commit {_short(profile['commit'])}, {profile['date']}. Limit {profile['limit_epoch_seconds']:,.2f} s."
     )
-    return f"{caption}\n\n{_markdown(head, rows)}"
+    return f"{caption}\n\n{table(head, rows)}"
 
 
 def training_table(contents: list[Content]) -> str:
@@ -96,13 +96,13 @@ def training_table(contents: list[Content]) -> str:
             ]
         )
     head = ["command", "data", "best / last test accuracy", "s/epoch", "images/s", "data wait", "measured"]
-    return _markdown(head, rows)
+    return table(head, rows)
 
 
 def loader_table(contents: list[Content]) -> str:
     """Images a second of both loaders, for each kind of image and device."""
     rows = []
-    for (machine, _), (extra, note) in _newest(contents, "loader").items():
+    for (machine, _, _), (extra, note) in _newest(contents, "loader").items():
         rates = extra["images_per_second"]
         rows.append(
             [
@@ -113,7 +113,7 @@ def loader_table(contents: list[Content]) -> str:
                 _provenance(note),
             ]
         )
-    return _markdown(["device", "images", "eager, images/s", "DALI, images/s", "x eager", "measured"], rows)
+    return table(["device", "images", "eager, images/s", "DALI, images/s", "x eager", "measured"], rows)
 
 
 def step_table(contents: list[Content]) -> str:
@@ -127,15 +127,15 @@ def step_table(contents: list[Content]) -> str:
             f"{extra['times_as_long']['eager']['p50']:.2f}",
             _provenance(note),
         ]
-        for (machine, _), (extra, note) in _newest(contents, "step").items()
+        for (machine, _, _), (extra, note) in _newest(contents, "step").items()
     ]
-    return _markdown(["device", "model", "batch", "eager, ms", "fastres, ms", "x eager", "measured"], rows)
+    return table(["device", "model", "batch", "eager, ms", "fastres, ms", "x eager", "measured"], rows)
 
 
 def operator_table(contents: list[Content]) -> str:
     """The fused operator against its rivals: the median over shapes of how many times as long each takes."""
     groups: dict[tuple[str, str, str], list[tuple[Content, Content]]] = {}
-    for (machine, name), (extra, note) in _newest(contents, None).items():
+    for (machine, _, name), (extra, note) in _newest(contents, None).items():
         if match := re.search(r"test_batch_norm_relu\[(?:.*-)?(\S+x\S+)-([a-z+]+)-(plain|residual)\]", name):
             groups.setdefault((note["gpu"] or machine, match[2], match[3]), []).append((extra, note))
     rows = [
@@ -149,7 +149,7 @@ def operator_table(contents: list[Content]) -> str:
         ]
         for key, measured in sorted(groups.items())
     ]
-    return _markdown(["device", "direction", "", "eager", "compile", "limit (copy)", "measured"], rows)
+    return table(["device", "direction", "", "eager", "compile", "limit (copy)", "measured"], rows)
 
 
 def study_table(contents: list[Content]) -> str:
@@ -175,7 +175,7 @@ def study_table(contents: list[Content]) -> str:
             f"{_provenance({**summary, 'date': study['date'][:10]})}."
         )
     head = ["run", "published best, %", "best, %", "last, %", "s/epoch", "x eager"]
-    return "\n\n".join([_markdown(head, rows), "\n".join(f"* {caption}" for caption in captions)])
+    return "\n\n".join([table(head, rows), "\n".join(f"* {caption}" for caption in captions)])
 
 
 TABLES: dict[str, Callable[[list[Content]], str]] = {
@@ -188,14 +188,14 @@ TABLES: dict[str, Callable[[list[Content]], str]] = {
 }
 
 
-def _newest(contents: list[Content], what: str | None) -> dict[tuple[str, str], tuple[Content, Content]]:
-    """The benchmarks of that kind: (processor, name) to what was measured and where; the newest of each."""
+def _newest(contents: list[Content], what: str | None) -> dict[tuple[str, str | None, str], tuple[Content, Content]]:
+    """The benchmarks of that kind: (processor, GPU, name) to what was measured and where; the newest of each."""
     found = {}
     for content in sorted((content for content in contents if "benchmarks" in content), key=_date):
         where = content["machine_info"]["fastres"] | {"date": content["datetime"][:10]}
         for benchmark in content["benchmarks"]:
             if benchmark["extra_info"].get("what") == what:
-                found[where["cpu"], benchmark["name"]] = benchmark["extra_info"], where
+                found[where["cpu"], where["gpu"], benchmark["name"]] = benchmark["extra_info"], where
     return found
 
 
@@ -211,11 +211,6 @@ def _short(commit: str | None) -> str:
     if commit is None:
         return "unknown"
     return commit[:7] + ("-dirty" if commit.endswith("-dirty") else "")
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ class TrainConfig:
     schedule: str = flag(
         "Optimization", "learning rate, set at every step", "cosine", ("constant", "multistep", "cosine", "onecycle")
     )
-    warmup_epochs: float = flag("Optimization", "epochs of linear warm-up; onecycle: 30%% of the run if 0", 1.0)
+    warmup_epochs: float | None = flag(
+        "Optimization", "epochs of linear warm-up; auto: 1, or half of a single epoch; onecycle: 30%% of the run", None
+    )
     milestones: tuple[int, ...] = flag("Optimization", "multistep: comma-separated epochs that divide it by 10", ())
 
     device: str = flag("Engine", "auto: cuda where there is one", "auto", ("auto", "cpu", "cuda"))
@@ -135,7 +137,7 @@ class TrainConfig:
             (0 < self.train_fraction <= 1, f"--train-fraction {self.train_fraction}: must be in (0, 1]"),
             (0 <= self.val_fraction < 1, f"--val-fraction {self.val_fraction}: must be in [0, 1)"),
             (
-                0 <= self.warmup_epochs < self.epochs or self.schedule == "constant",
+                self.schedule == "constant" or 0 <= (self.warmup_epochs or 0) < self.epochs,
                 f"--warmup-epochs {self.warmup_epochs}: must be less than --epochs {self.epochs}",
             ),
             (
@@ -175,6 +177,7 @@ SETTING_TYPES: dict[Any, tuple[str, Any]] = {  # what TOML or JSON must hold for
     str: ("a string", str),
     int: ("an integer", int),
     float: ("a number", float),
+    float | None: ("a number", float),
     bool: ("true or false", bool),
     bool | None: ("true or false", bool),
     Path: ("a string", Path),
@@ -205,8 +208,8 @@ def is_a(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(is_a(item, kind.__args__[0]) for item in value)
     if isinstance(value, bool):
         return kind in (bool, bool | None)
-    if kind is float:
-        return isinstance(value, int | float) and -math.inf < value < math.inf
+    if kind in (float, float | None) and isinstance(value, int | float):
+        return -math.inf < value < math.inf
     return isinstance(value, {Path: str, Path | None: str | None}.get(kind, kind))
 
 
@@ -293,6 +296,7 @@ PARSERS: dict[Any, Any] = {
     int: int,
     int | None: int,
     float: float,
+    float | None: float,
     Path: Path,
     Path | None: Path,
     tuple[str, ...]: comma_separated_names,

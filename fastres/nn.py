@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres import ops
-from fastres.ops.batch_norm_relu import reference
+from fastres.ops.batch_norm_relu import reference, refuse_create_graph
 
 __all__ = ["BatchNormReLU2d", "EagerBatchNormReLU2d", "PointwiseConv2d", "SyncBatchNormReLU2d"]
 
@@ -117,6 +117,7 @@ class _SyncBatchNormReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        refuse_create_graph()
         x, output, weight, bias, mean, var, count = ctx.saved_tensors
         dx, dz, dweight, dbias = torch.ops.fastres.batch_norm_relu_backward(
             grad, x, output, weight, bias, mean, var, *ctx.options

@@ -291,8 +291,8 @@ def build_variants(
     config: ProfileConfig, defaults: TrainConfig, dataset: Dataset, device: torch.device
 ) -> tuple[list[Variant], list[str]]:
     """The studies' loop, then that loop with one thing more at a time, fastres' loop with torch's own modules compiled
-    instead of the fused operator, with both where fastres itself would record CUDA graphs, and fastres; and a line for
-    each step that is left out, with the reason."""
+    instead of the fused operator, on CUDA with both, and fastres; and a line for each step that is left out, with the
+    reason."""
     current = replace(defaults, **EAGER)
     compile_too = config.compile_variant
     if compile_too is None:

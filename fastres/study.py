@@ -29,6 +29,7 @@ from fastres.studies import RunDefinition, Study, list_studies, load_study
 from fastres.train import RESUMABLE, configure, prepare, signals_noted
 from fastres.training import distributed
 from fastres.training.baseline import EAGER
+from fastres.training.hardware import tune_libraries
 from fastres.training.run import Run, resolve, write_json
 from fastres.training.trainer import Epoch
 
@@ -179,7 +180,7 @@ def plan_run(
     scaled = replace(
         full,
         epochs=epochs,
-        warmup_epochs=full.warmup_epochs * epochs / full.epochs,
+        warmup_epochs=(full.warmup_epochs or 0.0) * epochs / full.epochs,
         milestones=tuple(sorted({max(round(milestone * epochs / full.epochs), 1) for milestone in full.milestones})),
         compile=settings.get("compile"),  # chosen by the length of the run, which has changed
         cuda_graphs=settings.get("cuda_graphs"),
@@ -390,10 +391,11 @@ def measure(run: PlannedRun) -> float:
     """Training images a second over a few steps, uncompiled; writes nothing."""
     few = np.arange(MEASURED_STEPS * run.config.batch_size) % len(run.dataset.train)
     config = replace(run.config, compile=False, val_fraction=0.0)
+    tune_libraries(config.device)
     trial = Run(config, replace(run.dataset, train=run.dataset.train.take(few)))
-    for number in range(2):
-        epoch = Epoch.begin(number, trial.trainer.device)
-        trial.trainer.train_epoch(trial.train_loader, epoch)
+    trial.trainer.warm_up()
+    epoch = Epoch.begin(0, trial.trainer.device)
+    trial.trainer.train_epoch(trial.train_loader, epoch)
     return epoch.images / epoch.seconds
 
 

@@ -172,14 +172,8 @@ def finished_run(
         recorded = float(summary["test_loss"]), float(summary["best_accuracy"])
     except (UserError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--eval {folder}: not the folder of a finished run ({error})") from error
-    config = TrainConfig(**{**vars(saved), **given})
-    dataset, line = load_dataset(
-        config.dataset, config.data_dir, config.classes, config.skip_bad_images, tracked(console)
-    )
-    console.print(f"dataset: {line}")
-    config, line = resolve(config, dataset)
-    console.print(line)
-    return config, dataset, recorded
+    settings = {**vars(saved), **given, "output_dir": folder}  # where it is now
+    return *configure(settings, console, partial(load_dataset, track=tracked(console))), recorded
 
 
 def tracked(console: Console) -> Track:

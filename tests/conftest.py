@@ -100,6 +100,13 @@ class CommandLine:
         self.out, self.err = self.capfd.readouterr()
         return code
 
+    def one_line(self, *arguments: object) -> str:
+        """The error line of a call that must end with code 2 and print nothing else."""
+        assert self(*arguments) == 2
+        assert self.err.count("\n") == 1
+        assert "Traceback" not in self.out + self.err
+        return self.err
+
 
 @pytest.fixture
 def command_line(capfd: pytest.CaptureFixture[str]) -> CommandLine:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -43,9 +44,9 @@ def profile(date, median):
     }
 
 
-def benchmarks(*measured):
+def benchmarks(*measured, gpu=None):
     return {
-        "machine_info": {"fastres": {"cpu": "Some CPU", "gpu": None, "versions": VERSIONS, "commit": "0123456789"}},
+        "machine_info": {"fastres": {"cpu": "Some CPU", "gpu": gpu, "versions": VERSIONS, "commit": "0123456789"}},
         "datetime": "2026-01-02T03:04:05",
         "benchmarks": [{"name": name, "extra_info": extra} for name, extra in measured],
     }
@@ -104,6 +105,16 @@ def test_benchmarks_are_shown_by_what_they_measured():
     assert f"| Some CPU | forward+backward | residual | 3.00 | 1.50 | 0.90 | {measured}" in render.render(
         readme("operator"), contents
     )
+
+
+def test_each_device_is_shown():
+    step = {
+        "what": "step", "model": "vgg16", "batch_size": 32, "times_as_long": {"eager": {"p50": 1.0}},
+        "seconds": {"eager": {"p50": 0.1}, "fastres": {"p50": 0.1}},
+    }  # fmt: skip
+    contents = [benchmarks(("test_step[vgg16]", step), gpu=gpu) for gpu in (None, "H100", "H200")]
+    text = render.render(readme("steps"), contents)
+    assert re.findall(r"^\| (.+?) \| `vgg16`", text, re.M) == ["Some CPU", "H100", "H200"]
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,7 @@ def measured(name, seconds, wait=0.0, **engine):
             "compile, not fused is 2.00x as fast .* train with --no-fused --compile --compile-mode max-autotune$",
         ),
         ([measured("+ AMP", 1.98, fused=False), measured("fastres", 2.0)], "keep the defaults"),
+        ([measured("+ fused operator", 1.5), measured("fastres", 2.0)], "keep the defaults: .* no other setting is"),
     ],
 )
 def test_advice(rows, expected):

@@ -88,8 +88,8 @@ def test_a_study_of_two_runs(command_line, flags, tmp_path):
     low = json.loads((out / "low-seed0/summary.json").read_text())
     assert f"{low['images_per_second'] / eager['images_per_second']:.2f} x" in rows["vgg11", 11]
 
-    assert "already holds a study; add --resume" in one_line(command_line, *flags)
-    assert "was started with train-fraction 0.7, and would now have 1.0" in one_line(command_line, *flags, "--resume")
+    assert "already holds a study; add --resume" in command_line.one_line(*flags)
+    assert "was started with train-fraction 0.7, and would now have 1.0" in command_line.one_line(*flags, "--resume")
 
 
 def stopped(flags, out, stop):
@@ -173,14 +173,6 @@ def test_mini_cifar10_from_files_takes_its_three_classes(arrays, tmp_path):
     assert asked == [("folder", tmp_path, ("airplane", "automobile", "bird"), False)]
 
 
-def one_line(command_line, *arguments):
-    """The error line of a call that must end with code 2 and print nothing else."""
-    assert command_line(*arguments) == 2
-    assert command_line.err.count("\n") == 1
-    assert "Traceback" not in command_line.out + command_line.err
-    return command_line.err
-
-
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -208,7 +200,7 @@ def one_line(command_line, *arguments):
 def test_bad_files(old, new, message, command_line, flags, study_file, tmp_path):
     assert old in TINY
     study_file.write_text(TINY.replace(old, new))
-    assert re.search(message, one_line(command_line, *flags))
+    assert re.search(message, command_line.one_line(*flags))
     assert not (tmp_path / "out").exists()
 
 
@@ -226,12 +218,12 @@ def test_bad_files(old, new, message, command_line, flags, study_file, tmp_path)
     ],
 )
 def test_bad_flags(arguments, message, command_line, flags, tmp_path):
-    assert re.search(message, one_line(command_line, *flags, *arguments))
+    assert re.search(message, command_line.one_line(*flags, *arguments))
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_study(command_line):
-    assert "architectur: no such study; there are architecture, " in one_line(command_line, "architectur")
+    assert "architectur: no such study; there are architecture, " in command_line.one_line("architectur")
 
 
 def test_a_file_can_set_every_flag_but_the_reserved():

@@ -8,8 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastres.config import TrainConfig
-from fastres.train import tracked
+from fastres.config import TrainConfig, over_recipe
+from fastres.profile import synthetic
+from fastres.train import configure, tracked
 
 pytestmark = pytest.mark.usefixtures("tiny_vgg11")
 
@@ -34,6 +35,7 @@ def test_trains_reports_and_evaluates_again(loader, command_line, flags, tmp_pat
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((run / "summary.json").read_text())
 
+    run = run.rename(tmp_path / "elsewhere")
     assert command_line("--eval", run) == 0
     loss = re.search(r"test loss +(\S+) +recorded (\S+)", command_line.out)
     assert loss.group(1) == loss.group(2) == f"{summary['test_loss']:.6f}"
@@ -48,19 +50,20 @@ def test_resume_goes_on_where_the_run_stopped(command_line, flags, tmp_path):
     assert json.loads((tmp_path / "run/summary.json").read_text())["epochs"] == 3
 
 
+@pytest.mark.parametrize(
+    ("arguments", "warmup_epochs"),
+    [([], 1.0), (["--epochs", 1], 0.5), (["--schedule", "onecycle"], 0.0), (["--warmup-epochs", 0.25], 0.25)],
+)
+def test_warm_up_fits_the_run(arguments, warmup_epochs, command_line, flags, tmp_path):
+    assert command_line(*flags, *arguments) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["warmup_epochs"] == warmup_epochs
+
+
 def test_help_groups_the_flags(command_line):
     assert command_line("--help") == 0
     for group in ("Recipe:", "Model:", "Data:", "Optimization:", "Engine:", "Output:"):
         assert f"\n{group}\n" in command_line.out
     assert "(default: 128)" in command_line.out
-
-
-def one_line(command_line, *arguments):
-    """The error line of a call that must end with code 2 and print nothing else."""
-    assert command_line(*arguments) == 2
-    assert command_line.err.count("\n") == 1
-    assert "Traceback" not in command_line.out + command_line.err
-    return command_line.err
 
 
 @pytest.mark.parametrize(
@@ -78,6 +81,7 @@ def one_line(command_line, *arguments):
         (["--batch-size", "61"], "--batch-size 61: larger than the training set of 60 images"),
         (["--schedule", "multistep"], "--schedule multistep: needs --milestones"),
         (["--milestones", "5,x"], "--milestones: invalid"),
+        (["--epochs", "1", "--warmup-epochs", "1"], "--warmup-epochs 1.0: must be less than --epochs 1"),
         (["--warmup-epochs", "2"], "--warmup-epochs 2.0: must be less than --epochs 2"),
         (["--zero-gamma"], "--zero-gamma: vgg11 has no residual blocks"),
         (["--amp", "fp16"], "--amp fp16: needs a GPU"),
@@ -87,13 +91,13 @@ def one_line(command_line, *arguments):
     ],
 )
 def test_bad_flags(arguments, message, command_line, flags, tmp_path):
-    assert re.search(message, one_line(command_line, *flags, *arguments))
+    assert re.search(message, command_line.one_line(*flags, *arguments))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu(command_line, flags):
-    assert "--device cuda: torch sees no CUDA device" in one_line(command_line, *flags, "--device", "cuda")
+    assert "--device cuda: torch sees no CUDA device" in command_line.one_line(*flags, "--device", "cuda")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +113,7 @@ def test_cuda_without_a_gpu(command_line, flags):
 )
 def test_bad_folders(damage, message, command_line, flags, image_folder):
     damage(image_folder)
-    assert message in one_line(command_line, *flags)
+    assert message in command_line.one_line(*flags)
 
 
 def test_bad_images_are_left_out_and_counted(command_line, flags, image_folder, tmp_path):
@@ -133,14 +137,14 @@ def test_wrong_checksum(command_line, tmp_path, monkeypatch):
     base = tmp_path / "cifar-10-batches-py"
     base.mkdir()
     (base / "data_batch_1").write_bytes(b"no batch")
-    message = one_line(command_line, "--dataset", "cifar10", "--data-dir", tmp_path)
+    message = command_line.one_line("--dataset", "cifar10", "--data-dir", tmp_path)
     assert "--dataset cifar10: cifar-10-python.tar.gz under --data-dir" in message
 
 
 def test_a_folder_that_holds_another_run_is_left_as_it_is(command_line, flags, tmp_path):
     assert command_line(*flags) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    assert "already holds a run; choose another folder, or --resume" in one_line(command_line, *flags)
+    assert "already holds a run; choose another folder, or --resume" in command_line.one_line(*flags)
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
@@ -150,7 +154,47 @@ def test_resume_of_another_model(command_line, flags, tmp_path):
         (["--model", "resnet18"], "--model resnet18: .* is a run with vgg11; leave the flag off"),
         (["--lr", "0.5"], "--lr 0.5: .* is a run with 0.02"),
     ):
-        assert re.search(message, one_line(command_line, "--resume", tmp_path / "run", *arguments))
+        assert re.search(message, command_line.one_line("--resume", tmp_path / "run", *arguments))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "expected"),
+    [
+        ("study-a", "vgg16", {"epochs": 20}),
+        ("study-a", "resnet50", {"epochs": 15}),
+        ("study-b", "resnet18", {"lr": 0.1}),
+        ("study-b", "vgg19_bn_4096", {"lr": 0.1}),
+        ("study-b", "vgg19_4096", {"lr": 0.01}),
+    ],
+)
+def test_the_studies_settings_are_the_published_ones(recipe, model, expected):
+    published = {
+        "study-a": {
+            "dataset": "mini-cifar10", "augmentation": "none", "eval_batch_size": 100, "lr": 0.01,
+            "schedule": "constant",
+        },
+        "study-b": {
+            "dataset": "cifar10", "augmentation": "crop-flip", "epochs": 100, "schedule": "multistep",
+            "milestones": (50, 75),
+        },
+    }  # fmt: skip
+    expected = published[recipe] | expected
+    expected |= {"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": False, "warmup_epochs": 0.0}
+    expected |= {"zero_gamma": False, "drop_last": False, "label_smoothing": 0.0}  # as plain scripts have it
+    config = vars(TrainConfig(**over_recipe({"recipe": recipe, "model": model})))
+    assert {name: config[name] for name in expected} == expected
+
+
+def test_defaults_give_way_to_the_models_the_datasets_and_the_flags_that_were_given():
+    console = Console(quiet=True)
+
+    def chosen(**given):
+        return configure(over_recipe(given), console, lambda *_: (synthetic(200), "digits"))[0]
+
+    assert chosen(model="resnet18").lr == 0.1
+    assert chosen(model="vgg16").lr == 0.01
+    assert chosen(model="vgg16", lr=0.3).lr == 0.3
+    assert chosen(recipe="study-b", model="vgg16").lr == 0.1
 
 
 def test_config_survives_json():

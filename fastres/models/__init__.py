@@ -1,4 +1,4 @@
-"""The models by name: ResNets with the CIFAR stem and VGGs with a single FC head, both for 32x32 images."""
+"""The models by name: ResNets with the CIFAR stem and VGGs, both for 32x32 images."""
 
 from collections.abc import Callable
 

@@ -1,7 +1,8 @@
 """VGGs (Simonyan & Zisserman 2014, arXiv:1409.1556) for 32x32 images, which the five max-pools bring to 1x1.
 
 Layers bear torchvision's numbers. ReLU, which torchvision counts as a layer of its own, is part of the norm here, so
-its number is left out and state dicts are interchangeable but for the head.
+its number is left out. Torchvision's weights load, but for the head and, in ``vgg11`` to ``vgg19``, for the bias of the
+convolutions, which the norm makes idle.
 """
 
 from collections import OrderedDict

@@ -91,13 +91,13 @@ def advice(result: dict[str, Any]) -> str:
         alone += f"{result['model_alone']['images_per_second']:,.0f}"
         change = "raise --workers" if loader == "dali" else "install DALI and take --loader dali"
         return f"data wait is {100 * wait:.0f}%: {alone}; {change}"
-    best = min(result["variants"], key=_median)
+    best = min((row for row in result["variants"] if row["engine"] != fastres["engine"]), key=_median, default=fastres)
     gain = _median(fastres) / _median(best)
     changes = [FLAGS[name][value] for name, value in best["engine"].items() if value != fastres["engine"][name]]
-    if gain > CLEARLY_FASTER and changes:
+    if gain > CLEARLY_FASTER:
         return f"{best['name']} is {gain:.2f}x as fast as the defaults here: train with {' '.join(changes)}"
     return (
-        f"keep the defaults: data wait is {100 * wait:.1f}%, no variant is clearly faster, and the model reaches "
+        f"keep the defaults: data wait is {100 * wait:.1f}%, no other setting is clearly faster, and the model reaches "
         f"{100 * fastres['limit_share']:.0f}% of the limit"
     )
 

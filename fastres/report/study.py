@@ -274,8 +274,8 @@ def cost_notes(results: list[Results]) -> str:
         notes.append("Published seconds are of the original's own epoch and machine.")
     if results[0].eager:
         notes.append(
-            f"Eager is the same training over {results[0].eager['epochs']} epochs with PyTorch's own modules in "
-            "float32, not compiled, and a DataLoader of torchvision transforms."
+            f"Eager is the same training over {results[0].eager['epochs']} epochs, in fastres' own loop, with PyTorch's "
+            "modules in float32, not compiled, and a DataLoader of torchvision transforms."
         )
     return " ".join(notes)
 
@@ -399,15 +399,19 @@ def first_to(results: list[Results], target: float) -> str | None:
 
 
 def provenance(study: dict[str, Any], results: list[Results]) -> str:
-    """Data, engine, versions and commit, each once for all values that the runs have."""
+    """Data, engine, versions and commit, with all values that the runs have."""
     summaries = [summary for result in results for summary in result.summaries]
     first = summaries[0]
 
     def of_all(key: str) -> str:
         return ", ".join(sorted({str(summary[key]) for summary in summaries}))
 
-    engine = ", ".join(f"{key.replace('_', '-')} {of_all(key)}" for key in ("amp", "channels_last", "compile", "fused"))
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    engine = ", ".join(
+        f"{key.replace('_', '-')} {of_all(key)}" for key in ("amp", "channels_last", "compile", "cuda_graphs", "fused")
+    )
+    versions = ", ".join(
+        dict.fromkeys(f"{name} {s['versions'][name]}" for name in first["versions"] for s in summaries)
+    )
     return "\n".join(
         f"- {line}"
         for line in (

@@ -1,4 +1,4 @@
-"""What fastres is compared with: the loop that the studies, and most scripts, train with."""
+"""What the profile and the benchmarks compare fastres with: the loop that the studies, and most scripts, train with."""
 
 import time
 from typing import Any

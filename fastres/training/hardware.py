@@ -46,7 +46,7 @@ def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> tup
     if device.type == "cpu":
         return False, "CPU"
     if world_size() == 1:
-        return False, "CUDA graphs instead"
+        return False, "takes a minute; --compile asks for it"
     long_enough = steps >= COMPILE_STEPS
     return long_enough, f"{steps:,} steps, pays from about {COMPILE_STEPS:,}"
 

@@ -63,9 +63,13 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
     loader, loader_why = choose_loader(config.loader)
     output_dir = config.output_dir or Path("runs") / f"{config.model}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
     zero_gamma = config.model.startswith("resnet") if config.zero_gamma is None else config.zero_gamma
+    warmup_epochs = config.warmup_epochs
+    if warmup_epochs is None:
+        warmup_epochs = 0.0 if config.schedule == "onecycle" else min(1.0, config.epochs / 2)
     chosen = replace(
         config,
         zero_gamma=zero_gamma,
+        warmup_epochs=warmup_epochs,
         device=device.type,
         amp=amp,
         compile=compiled,
@@ -139,7 +143,7 @@ class Run:
             if not self.resumed:
                 self._save()
             writes = distributed.rank() == 0
-            with SummaryWriter(str(self.folder), purge_step=len(self.history)) if writes else nullcontext() as log:
+            with SummaryWriter(str(self.folder), purge_step=len(self.history) + 1) if writes else nullcontext() as log:
                 while len(self.history) < self.config.epochs:
                     epoch = self.epoch or Epoch.begin(len(self.history), self.trainer.device)
                     self.epoch = None

@@ -171,7 +171,7 @@ class Trainer:
             config.schedule,
             epochs=config.epochs,
             steps_per_epoch=steps_per_epoch,
-            warmup_epochs=config.warmup_epochs,
+            warmup_epochs=config.warmup_epochs or 0.0,
             milestones=config.milestones,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")

@@ -101,10 +101,11 @@ def test_study_b_vggs_are_torchvisions(name, source):
 def test_zero_gamma_makes_every_plain_block_the_identity(name):
     model = create_model(name, 10, zero_gamma=True)
     blocks = [module for module in model.modules() if isinstance(module, BasicBlock | Bottleneck)]
-    for block in blocks[1:3]:  # not the first, which projects
-        x = torch.rand(2, 64 * block.expansion if name == "resnet50" else 64, 8, 8)
-        if isinstance(block.downsample, nn.Identity):
-            torch.testing.assert_close(block(x), x)
+    plain_blocks = [block for block in blocks if isinstance(block.downsample, nn.Identity)]
+    assert len(plain_blocks) == len(blocks) - (3 if name == "resnet18" else 4)  # a stage begins with a projection
+    for block in plain_blocks:
+        x = torch.rand(2, block.bn1.num_features * block.expansion, 8, 8)
+        torch.testing.assert_close(block(x), x)
     plain = create_model(name, 10)
     assert sum((module.weight == 0).all() for module in model.modules() if isinstance(module, nn.BatchNorm2d)) == len(
         blocks

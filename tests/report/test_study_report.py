@@ -56,6 +56,7 @@ def write_run(folder, model, accuracies, seconds):
         "amp": "bf16",
         "channels_last": True,
         "compile": True,
+        "cuda_graphs": True,
         "fused": True,
         "seed": 0,
         "versions": {"torch": "2.11"},

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastres.config import TrainConfig
+from fastres.data.datasets import Split
 from fastres.errors import Interrupted, RunError, UserError
 from fastres.models import MODELS
 from fastres.training.checkpoint import read_checkpoint, write_atomically
@@ -72,8 +73,10 @@ def test_what_a_run_leaves(finished, arrays):
     assert len(load_file(run.folder / "best.safetensors")) == len(run.trainer.model.state_dict())
 
 
-def test_tensorboard_has_the_history(finished):
+def test_tensorboard_has_the_history(finished, arrays):
     run, _ = finished
+    run = start(arrays, run.folder, read_checkpoint(run.folder), epochs=4)
+    run.fit()
     events = EventAccumulator(str(run.folder)).Reload()
     logged = [event.value for event in events.Scalars("test_accuracy")]
     assert logged == pytest.approx([row["test_accuracy"] for row in run.history])
@@ -281,10 +284,15 @@ def test_memory_that_is_really_too_little(image_folder, tmp_path):
 
 
 def test_the_best_is_selected_on_the_held_out_part(arrays, tmp_path):
-    run = start(arrays, tmp_path / "run", val_fraction=0.25, epochs=2)
+    arrays = replace(arrays, test=Split(arrays.test.images, 1 - arrays.test.labels))  # where the best is the worst
+    run = start(arrays, tmp_path / "run", val_fraction=0.25, epochs=6)
     summary = run.fit()
     assert (summary["best_selected_on"], summary["train_images"]) == ("validation", 45)
-    assert all({"val_loss", "val_accuracy"} <= set(row) for row in run.history)
+    assert summary["best_epoch"] == max(run.history, key=lambda row: row["val_accuracy"])["epoch"]
+    held_out = torch.cat([labels for _, labels in run.validation_loader.epoch(0)])
+    assert len(held_out) == 15
+    first, last = run.history[0], run.history[-1]
+    assert last["val_accuracy"] > 90 > 10 > last["test_accuracy"], (first, last)
 
 
 def test_best_row_prefers_validation_and_the_first_of_equals():

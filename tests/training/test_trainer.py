@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 from fastres.config import TrainConfig
 from fastres.models import create_model
 from fastres.training import trainer as trainer_module
+from fastres.training.baseline import StudyLoop
 from fastres.training.trainer import Epoch, Trainer
 
 SETTINGS = {"device": "cpu", "amp": "off", "compile": False, "schedule": "constant", "warmup_epochs": 0.0, "lr": 0.05}
@@ -86,6 +89,38 @@ def test_an_epoch_is_sgd_step_by_step(nesterov, label_smoothing):
     assert result.accuracy == pytest.approx(100 * correct / 21)
     assert (result.images, result.steps, int(result.finite_steps)) == (21, 3, 3)
     assert 0 <= result.data_wait_seconds <= result.seconds
+
+
+class SlowBatches(Batches):
+    """Each batch takes 20 ms."""
+
+    def epoch(self, epoch, first_batch=0):
+        for batch in super().epoch(epoch, first_batch):
+            time.sleep(0.02)
+            yield batch
+
+
+def test_seconds_are_those_of_training_and_the_wait_is_a_part_of_them():
+    batches = SlowBatches(random_batches([8] * 3).batches)
+    trainer = make_trainer(batches)
+    start = time.perf_counter()
+    result = train_epoch(trainer, batches, after_step=lambda: time.sleep(0.1))
+    assert 0.06 <= result.data_wait_seconds <= result.seconds <= time.perf_counter() - start - 0.3
+    eager = StudyLoop(small_model(), trainer.config, trainer.device)
+    result = Epoch.begin(0, eager.device)
+    eager.train_epoch(batches, result)
+    assert 0.06 <= result.data_wait_seconds <= result.seconds
+
+
+def test_a_compiled_model_trains_alike():
+    torch.compiler.reset()
+    batches = random_batches([8, 8, 5])
+    compiled, plain = (make_trainer(batches, compile=flag) for flag in (True, False))
+    for trainer in (compiled, plain):
+        trainer.warm_up()
+        train_epoch(trainer, batches)
+    torch.testing.assert_close(compiled.model.state_dict(), plain.model.state_dict(), rtol=1e-4, atol=1e-5)
+    assert compiled.evaluate(batches, 0).loss == pytest.approx(plain.evaluate(batches, 0).loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)
