@@ -18,8 +18,8 @@ import torch
 from interleave import interleave, percentiles, ratios
 
 from fastres.config import TrainConfig
-from fastres.data.datasets import folder
-from fastres.profile import planned_loader, synthetic
+from fastres.data.datasets import folder, synthetic
+from fastres.training.measure import planned_loader
 
 BATCH = 128
 IMAGES = 390 * BATCH  # an epoch of CIFAR-10

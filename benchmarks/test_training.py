@@ -15,10 +15,11 @@ import torch
 from interleave import interleave, percentiles, ratios
 
 from fastres.config import TrainConfig
+from fastres.data.datasets import synthetic
 from fastres.models import create_model
-from fastres.profile import Resident, first_batch, planned_loader, synthetic, train
 from fastres.report.profile import FLAGS
 from fastres.training.baseline import EAGER, StudyLoop
+from fastres.training.measure import Resident, first_batch, planned_loader, train
 from fastres.training.run import resolve, steps_per_epoch
 from fastres.training.trainer import Trainer
 

@@ -6,12 +6,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler reports a miss
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and warns of memory that was there before it
 
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
-from functools import partial
-from itertools import accumulate, chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,7 @@ import torch
 from rich.console import Console
 
 from fastres.config import Parser, TrainConfig, add_flags, flag
-from fastres.data import Loader, create_loader
-from fastres.data.datasets import DATASETS, IMAGE_SIZE, Dataset, Split, load_dataset
-from fastres.data.plan import training_plan
+from fastres.data.datasets import DATASETS, Dataset, load_dataset, synthetic
 from fastres.errors import UserError
 from fastres.models import create_model
 from fastres.report.profile import FLAGS, advice, plot_profile, profile_table
@@ -30,17 +25,23 @@ from fastres.roofline import forward_macs, limit_seconds, measure_machine, step_
 from fastres.training import distributed
 from fastres.training.baseline import EAGER, StudyLoop
 from fastres.training.hardware import tune_libraries
+from fastres.training.measure import (
+    Resident,
+    Variant,
+    Window,
+    first_batch,
+    loaders_alone,
+    planned_loader,
+    train,
+    warm_up,
+)
 from fastres.training.run import commit, device_name, resolve, steps_per_epoch, versions, write_json
-from fastres.training.trainer import AMP_DTYPES, Epoch, Trainer
+from fastres.training.trainer import AMP_DTYPES, Trainer
 
 BATCH_SIZES = {"cuda": 128, "cpu": 32}  # the studies' 128 takes a CPU longer than one waits for a profile
 RIVAL = "compile, not fused"
 COMPILED = "fastres, compiled"
 LEAST_STEPS = {"cuda": 20, "cpu": 2}  # in a round; the eager loader has 4 batches in stock
-LOADER_IMAGES = 20_000  # so that the start of the loader is a small part of a pass
-LOADER_PASSES = 3
-
-Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def same_flag(name: str) -> Any:
@@ -82,71 +83,6 @@ class ProfileConfig:
         ):
             if not condition:
                 raise UserError(message)
-
-
-class Window:
-    """``steps`` batches at a time of a ``loader`` that goes on from one call to the next, epoch after epoch.
-
-    So a few steps show the loader's pace. Were it started for them, its workers would be seen to start up and to fill
-    their queues. ``first_wait`` is what the start took, in seconds: the wait for the first batch of all.
-    """
-
-    def __init__(self, loader: Loader, steps: int) -> None:
-        self.steps = steps
-        self.batches = chain.from_iterable(loader.epoch(number) for number in count())
-        asked = time.perf_counter()
-        next(self.batches)
-        self.first_wait = time.perf_counter() - asked
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        return islice(self.batches, self.steps - first_batch)
-
-
-class Resident:
-    """The same batch again and again, already on the device: a loader that costs nothing."""
-
-    first_wait = 0.0
-
-    def __init__(self, batch: Batch, steps: int) -> None:
-        self.batch, self.steps = batch, steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        return iter([self.batch] * (self.steps - first_batch))
-
-
-@dataclass
-class Variant:
-    """One way to train, and what was measured of it, a value a round."""
-
-    name: str
-    config: TrainConfig
-    engine: StudyLoop | Trainer
-    window: Any = None
-    warm_up_seconds: float = 0.0
-    peak_memory_mb: float = 0.0
-    epoch_seconds: list[float] = field(default_factory=list)
-    wait_seconds: list[float] = field(default_factory=list)
-
-    def measure(self, number: int, steps_of_epoch: int) -> None:
-        """Trains on the window and scales what it took to a whole epoch: the first wait is paid once, the rest each
-        step."""
-        result = train(self.engine, self.window, number)
-        wait, work = (seconds / result.steps for seconds in (result.data_wait_seconds, result.seconds))
-        self.wait_seconds.append(self.window.first_wait + wait * (steps_of_epoch - 1))
-        self.epoch_seconds.append((work - wait) * steps_of_epoch + self.wait_seconds[-1])
-
-
-def train(engine: StudyLoop | Trainer, loader: Loader, number: int = 0) -> Epoch:
-    """Trains on epoch ``number`` of ``loader``."""
-    epoch = Epoch.begin(number, engine.device)
-    engine.train_epoch(loader, epoch)
-    return epoch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -191,7 +127,13 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
     variants, left_out = build_variants(config, defaults, dataset, device)
     for line in left_out:
         console.print(f"left out: {line}")
-    step_seconds = [warm_up(variant, dataset, console) for variant in variants]
+    step_seconds = []
+    for variant in variants:
+        step_seconds.append(warm_up(variant, dataset))
+        console.print(
+            f"{variant.name}: first step {variant.warm_up_seconds:.2f} s, third {step_seconds[-1]:.2f} s, "
+            f"peak memory {variant.peak_memory_mb:,.0f} MiB"
+        )
     fastres = variants[-1]
     model_alone = Variant("model alone", fastres.config, fastres.engine)
     measured = [*variants, model_alone]
@@ -279,14 +221,6 @@ def prepare(config: ProfileConfig) -> tuple[TrainConfig, Dataset, str]:
     return chosen, dataset, why
 
 
-def synthetic(images: int) -> Dataset:
-    """``images`` random images in ten classes."""
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (images, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    split = Split(pixels, rng.integers(0, 10, images))
-    return Dataset("synthetic", tuple(str(label) for label in range(10)), split, split.take(np.arange(0)))
-
-
 def build_variants(
     config: ProfileConfig, defaults: TrainConfig, dataset: Dataset, device: torch.device
 ) -> tuple[list[Variant], list[str]]:
@@ -328,88 +262,6 @@ def build_variants(
             variants.append((COMPILED, replace(defaults, compile=True)))
     variants.append(("fastres", defaults))
     return [Variant(name, settings, engine(name, settings)) for name, settings in variants], left_out
-
-
-def planned_loader(config: TrainConfig, dataset: Dataset, steps: int) -> Loader:
-    """Training batches of ``config`` from as many random images as ``steps`` take."""
-    rng = np.random.default_rng(config.seed)
-    split = dataset.train.take(rng.permutation(len(dataset.train))[: steps * config.batch_size])
-    return create_loader(
-        config.loader,
-        split,
-        partial(training_plan, config.seed, num_images=len(split), augmentation=config.augmentation),
-        batch_size=config.batch_size,
-        mean=dataset.mean,
-        std=dataset.std,
-        device=torch.device(config.device),
-        workers=config.workers,
-    )
-
-
-def first_batch(config: TrainConfig, dataset: Dataset) -> Batch:
-    """One training batch, on the device, in the memory format that the model takes."""
-    images, labels = next(planned_loader(config, dataset, 1).epoch(0))
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    device = torch.device(config.device)
-    return images.to(device, memory_format=memory_format).clone(), labels.to(device).clone()
-
-
-def warm_up(variant: Variant, dataset: Dataset, console: Console) -> float:
-    """Takes the first step, which compiles and tunes, a second under the eyes of the allocator, in which the compiler
-    may record, and a third; returns its seconds. fastres records its step before that one: the allocator does not see
-    what a recording uses."""
-    step = Resident(first_batch(variant.config, dataset), 1)
-    start = time.perf_counter()
-    train(variant.engine, step)
-    variant.warm_up_seconds = time.perf_counter() - start
-    variant.peak_memory_mb = watch_memory(variant.engine, step)
-    if variant.config.cuda_graphs and isinstance(variant.engine, Trainer):
-        variant.warm_up_seconds += variant.engine.warm_up()
-    seconds = train(variant.engine, step).seconds
-    console.print(
-        f"{variant.name}: first step {variant.warm_up_seconds:.2f} s, third {seconds:.2f} s, "
-        f"peak memory {variant.peak_memory_mb:,.0f} MiB"
-    )
-    return seconds
-
-
-def watch_memory(engine: StudyLoop | Trainer, step: Loader) -> float:
-    """The most MiB that torch's allocator held for this engine during a training step on ``step``.
-
-    That is the engine's weights and optimizer state, and the peak of what the step allocated on top of what was there.
-    """
-    held = [*engine.model.parameters(), *engine.model.buffers()]
-    held += [value for state in engine.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    own = sum(tensor.numel() * tensor.itemsize for tensor in held)
-    engine.optimizer.zero_grad()  # the step's gradients count as allocated in it, not those that it frees
-    if engine.device.type == "cuda":
-        before = torch.cuda.memory_allocated(engine.device)
-        torch.cuda.reset_peak_memory_stats(engine.device)
-        train(engine, step)
-        allocated = torch.cuda.max_memory_allocated(engine.device) - before
-    else:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as recorded:
-            train(engine, step)
-        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-        events.sort(key=lambda event: event.start_ns())
-        allocated = max(accumulate(event.nbytes() for event in events), default=0)
-    return (own + allocated) / 2**20
-
-
-def loaders_alone(configs: Sequence[TrainConfig], dataset: Dataset) -> dict[str, float]:
-    """Images a second of each loader with nobody at work on them, its start included; passes interleaved."""
-    steps = max(min(LOADER_IMAGES, len(dataset.train)) // configs[0].batch_size, 1)
-    loaders = {config.loader: planned_loader(config, dataset, steps) for config in configs}
-    rates: dict[str, list[float]] = {name: [] for name in loaders}
-    for number in range(LOADER_PASSES):
-        for name, loader in loaders.items():
-            start = time.perf_counter()
-            images = sum(len(labels) for _, labels in loader.epoch(number))
-            if configs[0].device == "cuda":
-                torch.cuda.synchronize()
-            rates[name].append(images / (time.perf_counter() - start))
-    return {name: float(np.median(values)) for name, values in rates.items()}
 
 
 def row(variant: Variant, images: int, limit: float, eager: Variant) -> dict[str, Any]:

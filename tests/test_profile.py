@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from fastres import profile, roofline
-from fastres.config import TrainConfig
 from fastres.models import create_model
 from fastres.report.profile import advice
-from fastres.training.baseline import StudyLoop
 from fastres.training.trainer import Trainer
 from tests.conftest import CommandLine
 
@@ -118,56 +116,6 @@ def test_a_folder_that_holds_another_profile_is_left_as_it_is(command_line, flag
     assert command_line(*flags) == 2
     assert "already holds a profile" in command_line.err
     assert (tmp_path / "profile/profile.json").read_text() == "{}"
-
-
-class FixedEngine:
-    """Takes 3 s for four batches, 1.2 s of them waiting."""
-
-    device = torch.device("cpu")
-
-    def train_epoch(self, window, epoch):
-        epoch.seconds, epoch.data_wait_seconds, epoch.steps = 3.0, 1.2, 4
-
-
-class FixedWindow:
-    first_wait = 1.0
-
-
-@pytest.mark.parametrize("steps", [4, 100])
-def test_the_first_wait_is_paid_once_an_epoch(steps):
-    variant = profile.Variant("eager", TrainConfig(), FixedEngine(), FixedWindow())
-    variant.measure(0, steps)
-    wait = 1.0 + (steps - 1) * 0.3
-    assert variant.wait_seconds == pytest.approx([wait])
-    assert variant.epoch_seconds == pytest.approx([wait + steps * 0.45])
-
-
-def test_a_window_goes_on_where_it_was_over_the_end_of_an_epoch():
-    class Loader:
-        def epoch(self, number):
-            return iter([(number, 0), (number, 1), (number, 2)])
-
-    window = profile.Window(Loader(), 2)
-    assert [list(window.epoch(0)) for _ in range(3)] == [[(0, 1), (0, 2)], [(1, 0), (1, 1)], [(1, 2), (2, 0)]]
-
-
-def test_the_studies_loop_trains_as_the_trainer_does():
-    config = TrainConfig(device="cpu", amp="off", compile=False, schedule="constant", warmup_epochs=0.0, lr=0.05)
-    generator = torch.Generator().manual_seed(0)
-    batch = torch.randn(8, 3, 32, 32, generator=generator), torch.randint(0, 4, (8,), generator=generator)
-    results, weights = [], []
-    for build in (
-        lambda model: StudyLoop(model, config, torch.device("cpu")),
-        lambda model: Trainer(model, config, torch.device("cpu"), 4, 2),
-    ):
-        torch.manual_seed(0)
-        engine = build(create_model("vgg11", 4, fused=False))
-        results.append(profile.train(engine, profile.Resident(batch, 2)))
-        weights.append(engine.model.state_dict())
-    assert results[0].loss == pytest.approx(results[1].loss)
-    assert results[0].accuracy == results[1].accuracy
-    assert results[0].images == results[1].images == 16
-    torch.testing.assert_close(*weights)
 
 
 def test_the_rival_is_the_compiled_model_without_the_operator():

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from fastres.config import TrainConfig, over_recipe
-from fastres.profile import synthetic
+from fastres.data.datasets import synthetic
 from fastres.train import configure, tracked
 
 pytestmark = pytest.mark.usefixtures("tiny_vgg11")

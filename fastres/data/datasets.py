@@ -118,6 +118,14 @@ def untracked(items: Iterable[Any], total: int) -> Iterable[Any]:
     return items
 
 
+def synthetic(images: int) -> Dataset:
+    """``images`` random images in ten classes."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (images, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    split = Split(pixels, rng.integers(0, 10, images))
+    return Dataset("synthetic", tuple(str(label) for label in range(10)), split, split.take(np.arange(0)))
+
+
 def digits() -> Dataset:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey, resized to 32x32 RGB; a fixed, stratified 1,437/360 split."""
     from sklearn.datasets import load_digits

@@ -274,8 +274,8 @@ def cost_notes(results: list[Results]) -> str:
         notes.append("Published seconds are of the original's own epoch and machine.")
     if results[0].eager:
         notes.append(
-            f"Eager is the same training over {results[0].eager['epochs']} epochs, in fastres' own loop, with PyTorch's "
-            "modules in float32, not compiled, and a DataLoader of torchvision transforms."
+            f"Eager is the same training over {results[0].eager['epochs']} epochs, in fastres' own loop, with "
+            "PyTorch's modules in float32, not compiled, and a DataLoader of torchvision transforms."
         )
     return " ".join(notes)
 
