@@ -184,7 +184,7 @@ class Run:
             signal_number, save = distributed.highest(signalled(), due)
             epoch.seconds += time.perf_counter() - asked
             if signal_number or save:
-                self.trainer.synchronize()
+                self.trainer.settle(epoch)
                 self._save(self._checked(epoch))
                 saved = time.monotonic()
             if signal_number:

@@ -19,6 +19,7 @@ from fastres.training import distributed
 from fastres.training.schedule import lr_factor
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+Mark = Any  # a time in seconds, or an Event among what a GPU has been given to do
 Step = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # images, labels -> loss, logits
 CPU_OUT_OF_MEMORY = "can't allocate memory"  # in torch's RuntimeError, which is of no type of its own
 
@@ -41,7 +42,8 @@ class Epoch:
 
     Sums are over the images seen and stay on the device: ``loss_sum`` (float64, label smoothing included),
     ``correct`` and ``finite_steps`` (int64), the steps before the first whose loss was NaN or infinite. ``seconds``
-    covers training alone and ``data_wait_seconds`` is the part of it in which the step stood waiting for a batch.
+    covers training alone and ``data_wait_seconds`` is the part of it in which the device had nothing to do but wait for
+    a batch, as far as the trainer has settled it.
     Each of the processes of a job has its own; ``of_all_processes`` joins them.
     """
 
@@ -107,6 +109,11 @@ class Evaluation:
         return [100 * row[label] / max(sum(row), 1) for label, row in enumerate(self.confusion)]
 
 
+def seconds_between(start: Mark, end: Mark) -> float:
+    """Between two marks of one device, which has passed both."""
+    return start.elapsed_time(end) / 1000 if isinstance(start, torch.cuda.Event) else end - start
+
+
 def compiled(model: nn.Module, config: TrainConfig) -> Callable[..., torch.Tensor]:
     """``model`` under torch.compile, if ``config`` says so."""
     return torch.compile(model, dynamic=False, mode=config.compile_mode) if config.compile else model
@@ -155,6 +162,7 @@ class Trainer:
         if distributed.world_size() > 1:
             self.forward = compiled(DistributedDataParallel(self.model), config)
         self.replay: Step | None = None  # the recorded step
+        self.waits: list[tuple[Mark, Mark]] = []  # for batches, which are not settled yet
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=torch.tensor(config.lr, device=device) if config.cuda_graphs else config.lr,  # a graph reads it anew
@@ -212,14 +220,15 @@ class Trainer:
         """Trains on the rest of ``epoch``, bringing it up to date, and calls ``after_step`` after each step.
 
         The host never waits for the device inside. The clock stands still in ``after_step``, which is expected to
-        synchronise the device if it does more than look.
+        ``settle`` the epoch if it does more than look.
         """
         self.model.train()
         steps = len(loader)
         self.synchronize()
-        start = asked = time.perf_counter()
+        self.waits.clear()
+        start, asked = time.perf_counter(), self._mark()
         for images, labels in loader.epoch(epoch.number, epoch.steps):
-            epoch.data_wait_seconds += time.perf_counter() - asked
+            self.waits.append((asked, self._mark()))
             last = epoch.steps + 1 == steps  # the only step whose batch may have unequal shares
             weight = self._weight(len(labels)) if last else 1.0
             epoch.lr = self._set_lr(epoch.number * self.steps_per_epoch + epoch.steps)
@@ -236,9 +245,23 @@ class Trainer:
             epoch.steps += 1
             epoch.seconds += time.perf_counter() - start
             after_step()
-            start = asked = time.perf_counter()
-        self.synchronize()
+            start, asked = time.perf_counter(), self._mark()
+        self.settle(epoch)
         epoch.seconds += time.perf_counter() - start
+
+    def settle(self, epoch: Epoch) -> None:
+        """Waits until the device has done what it was given, and adds to ``epoch`` what it has waited for batches."""
+        self.synchronize()
+        epoch.data_wait_seconds += sum(seconds_between(asked, given) for asked, given in self.waits)
+        self.waits.clear()
+
+    def _mark(self) -> Mark:
+        """Now; on a GPU, when it comes to this point of what it was given, which it may long be behind."""
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _set_lr(self, step: int) -> float:
         """Sets the learning rate of a step, counted from the start of the run, and returns it."""

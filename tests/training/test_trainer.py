@@ -112,6 +112,20 @@ def test_seconds_are_those_of_training_and_the_wait_is_a_part_of_them():
     assert 0.06 <= result.data_wait_seconds <= result.seconds
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_gpu_that_is_busy_does_not_wait(busy):
+    batches = SlowBatches([(images.cuda(), labels.cuda()) for images, labels in random_batches([8] * 5).batches])
+    trainer = make_trainer(batches, device="cuda")
+    trainer.warm_up()
+    result = train_epoch(trainer, batches, after_step=lambda: busy and torch.cuda._sleep(2 * 10**8))  # about 0.1 s
+    if busy:
+        assert result.data_wait_seconds < 0.03  # for the first batch
+        assert result.seconds > 0.3
+    else:
+        assert 0.08 <= result.data_wait_seconds <= result.seconds
+
+
 def test_a_compiled_model_trains_alike():
     torch.compiler.reset()
     batches = random_batches([8, 8, 5])
