@@ -1,5 +1,6 @@
 """Timing candidates against each other on a machine that is not quiet."""
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 
@@ -35,8 +36,11 @@ def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int) -> d
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def kernels_alone(run: Callable[[], object]) -> Callable[[], object]:
-    """`run` as a CUDA graph, which takes as long as its kernels and not as Python; where there is no GPU, itself."""
+def kernels_alone(run: Callable[[], object], pool: object = None) -> Callable[[], object]:
+    """`run` as a CUDA graph, which takes as long as its kernels and not as Python; where there is no GPU, itself.
+
+    Graphs of one `pool` share memory.
+    """
     if not torch.cuda.is_available():
         return run
     torch.cuda.synchronize()
@@ -45,7 +49,8 @@ def kernels_alone(run: Callable[[], object]) -> Callable[[], object]:
             run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    gc.collect()  # a graph that died in the midst of a recording would spoil it
+    with torch.cuda.graph(graph, pool=pool):
         run()
     return graph.replay
 

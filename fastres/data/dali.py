@@ -13,6 +13,7 @@ from fastres.data.datasets import IMAGE_SIZE, Split, decode_image
 from fastres.data.plan import CUTOUT_SIZE, EpochPlan
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+AHEAD = 8  # batches that a GPU may lag behind the host
 DECODE_BATCH, DECODE_BATCH_LARGE = 512, 16  # of 32x32 images; of images that may have many megapixels
 
 
@@ -79,7 +80,8 @@ class DaliLoader:
         done = torch.cuda.Event()
         done.record()
         self.lent.append((done, batch))
-        while self.lent and self.lent[0][0].query():
+        if len(self.lent) > AHEAD:
+            self.lent[0][0].synchronize()
             self.lent.popleft()
 
     def _build(self, epoch: int, first_batch: int) -> Pipeline:

@@ -325,9 +325,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Of the device's allocator on CUDA; of the process's resident memory on the CPU."""
+    """What torch had reserved on CUDA, recordings included; of the process's resident memory on the CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_reserved(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 

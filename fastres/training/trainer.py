@@ -1,5 +1,6 @@
 """The training loop: one step, one epoch, one evaluation. It knows nothing of studies, plots or files."""
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,8 +31,11 @@ def enough_memory(flag: str, size: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and CPU_OUT_OF_MEMORY not in str(error):
-            raise
+        cause: BaseException | None = error
+        while not isinstance(cause, torch.OutOfMemoryError | MemoryError) and CPU_OUT_OF_MEMORY not in str(cause):
+            if cause is None:
+                raise
+            cause = cause.__context__  # a recording that is broken off raises another error
         mend = f"try {flag} {size // 2}" if size > 1 else "take a smaller --model"
         raise RunError(f"{flag} {size}: out of memory; {mend}") from error
 
@@ -131,6 +135,7 @@ def recorded(step: Step, images: torch.Tensor, labels: torch.Tensor) -> Step:
             step(images, labels)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    gc.collect()  # a recording that died in the midst of another would spoil it
     # in the threads of a loader CUDA may be called meanwhile
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         results = step(images, labels)
@@ -246,12 +251,15 @@ class Trainer:
             epoch.seconds += time.perf_counter() - start
             after_step()
             start, asked = time.perf_counter(), self._mark()
-        self.settle(epoch)
         epoch.seconds += time.perf_counter() - start
+        self.settle(epoch)
 
     def settle(self, epoch: Epoch) -> None:
-        """Waits until the device has done what it was given, and adds to ``epoch`` what it has waited for batches."""
+        """Waits until the device has done what it was given, which counts as training, and adds to ``epoch`` what the
+        device has waited for batches."""
+        start = time.perf_counter()
         self.synchronize()
+        epoch.seconds += time.perf_counter() - start
         epoch.data_wait_seconds += sum(seconds_between(asked, given) for asked, given in self.waits)
         self.waits.clear()
 
