@@ -7,10 +7,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastres.config import TrainConfig
+from fastres.errors import RunError
 from fastres.models import create_model
 from fastres.training import trainer as trainer_module
 from fastres.training.baseline import StudyLoop
-from fastres.training.trainer import Epoch, Trainer
+from fastres.training.trainer import Epoch, Trainer, enough_memory
 
 SETTINGS = {"device": "cpu", "amp": "off", "compile": False, "schedule": "constant", "warmup_epochs": 0.0, "lr": 0.05}
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
@@ -232,6 +233,24 @@ def test_a_recording_is_for_whole_batches_and_keeps_the_schedule(monkeypatch):
     recording.evaluate(batches, 0)
     assert replayed == [8, 8]
     torch.testing.assert_close(recording.model.state_dict(), plain.model.state_dict(), rtol=1e-6, atol=1e-7)
+
+
+def test_running_out_of_memory_names_the_batch_size_also_from_within_a_recording():
+    def step(recording):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            if recording:
+                raise RuntimeError("the capture was broken off")
+
+    for recording in (True, False):
+        message = "--batch-size 8: out of memory; try --batch-size 4"
+        with pytest.raises(RunError, match=message), enough_memory("--batch-size", 8):
+            step(recording)
+    with pytest.raises(ValueError, match="another"), enough_memory("--batch-size", 8):
+        raise ValueError("another error")
+    with pytest.raises(RuntimeError, match="another"), enough_memory("--batch-size", 8):
+        raise RuntimeError("another error")
 
 
 def test_a_first_step_that_fp16_skips_leaves_no_trace(monkeypatch):
