@@ -44,7 +44,7 @@ def defaults(model, dataset):
 
 def make_trainer(config, dataset):
     torch.manual_seed(config.seed)
-    model = create_model(config.model, 10, bool(config.zero_gamma), config.fused)
+    model = create_model(config.model, 10, config.zero_gamma, config.fused)
     return Trainer(model, config, torch.device(config.device), 10, steps_per_epoch(config, len(dataset.train)))
 
 
@@ -52,7 +52,7 @@ def make_eager(config):
     torch.manual_seed(config.seed)
     config = replace(config, **EAGER)
     return StudyLoop(
-        create_model(config.model, 10, bool(config.zero_gamma), fused=False), config, torch.device(config.device)
+        create_model(config.model, 10, config.zero_gamma, fused=False), config, torch.device(config.device)
     )
 
 

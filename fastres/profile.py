@@ -250,7 +250,7 @@ def build_variants(
 
     def engine(name: str, config: TrainConfig) -> StudyLoop | Trainer:
         torch.manual_seed(config.seed)
-        model = create_model(config.model, len(dataset.classes), bool(config.zero_gamma), config.fused)
+        model = create_model(config.model, len(dataset.classes), config.zero_gamma, config.fused)
         if name not in ("fastres", RIVAL, COMPILED):
             return StudyLoop(model, config, device)
         return Trainer(model, config, device, len(dataset.classes), steps_per_epoch(config, len(dataset.train)))

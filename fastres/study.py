@@ -200,7 +200,7 @@ def forward_gflop(config: TrainConfig, dataset: Dataset) -> float:
     A multiply-add counts as two. Raises UserError for a model that cannot be made as ``config`` says.
     """
     with torch.device("meta"):
-        model = create_model(config.model, len(dataset.classes), bool(config.zero_gamma), fused=False)
+        model = create_model(config.model, len(dataset.classes), config.zero_gamma, fused=False)
     return 2 * forward_macs(model) / 1e9
 
 

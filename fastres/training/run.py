@@ -62,13 +62,11 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
     cuda_graphs, graphs_why = choose_cuda_graphs(config.cuda_graphs, device, config.compile_mode if compiled else None)
     loader, loader_why = choose_loader(config.loader)
     output_dir = config.output_dir or Path("runs") / f"{config.model}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    zero_gamma = config.model.startswith("resnet") if config.zero_gamma is None else config.zero_gamma
     warmup_epochs = config.warmup_epochs
     if warmup_epochs is None:
         warmup_epochs = 0.0 if config.schedule == "onecycle" else min(1.0, config.epochs / 2)
     chosen = replace(
         config,
-        zero_gamma=zero_gamma,
         warmup_epochs=warmup_epochs,
         device=device.type,
         amp=amp,
@@ -113,7 +111,7 @@ class Run:
         self.validation_loader = self._evaluation_loader(validation, device) if validation else None
 
         torch.manual_seed(config.seed)
-        model = create_model(config.model, len(dataset.classes), bool(config.zero_gamma), config.fused, config.sync_bn)
+        model = create_model(config.model, len(dataset.classes), config.zero_gamma, config.fused, config.sync_bn)
         self.trainer = Trainer(model, config, device, len(dataset.classes), len(self.train_loader))
         if distributed.rank() > 0:
             torch.manual_seed(config.seed + distributed.rank())  # every process has dropout of its own
