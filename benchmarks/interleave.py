@@ -1,11 +1,12 @@
 """Timing candidates against each other on a machine that is not quiet."""
 
-import gc
 import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+
+from fastres.training.trainer import record
 
 GPU_BYTES = 2**30  # many times what a GPU's cache holds, and so much that its start takes a small part of the time
 
@@ -43,15 +44,7 @@ def kernels_alone(run: Callable[[], object], pool: object = None) -> Callable[[]
     """
     if not torch.cuda.is_available():
         return run
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for _ in range(3):  # compiles, and chooses algorithms
-            run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    gc.collect()  # a graph that died in the midst of a recording would spoil it
-    with torch.cuda.graph(graph, pool=pool):
-        run()
+    graph, _ = record(run, pool)
     return graph.replay
 
 

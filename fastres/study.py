@@ -30,8 +30,8 @@ from fastres.train import RESUMABLE, configure, prepare, signals_noted
 from fastres.training import distributed
 from fastres.training.baseline import EAGER
 from fastres.training.hardware import tune_libraries
+from fastres.training.measure import train
 from fastres.training.run import Run, resolve, write_json
-from fastres.training.trainer import Epoch
 
 # whose cost is compared; the schedule costs nothing
 EAGER_RUN = EAGER | {"schedule": "constant", "warmup_epochs": 0.0, "milestones": ()}
@@ -394,8 +394,7 @@ def measure(run: PlannedRun) -> float:
     tune_libraries(config.device)
     trial = Run(config, replace(run.dataset, train=run.dataset.train.take(few)))
     trial.trainer.warm_up()
-    epoch = Epoch.begin(0, trial.trainer.device)
-    trial.trainer.train_epoch(trial.train_loader, epoch)
+    epoch = train(trial.trainer, trial.train_loader)
     return epoch.images / epoch.seconds
 
 

@@ -123,22 +123,28 @@ def compiled(model: nn.Module, config: TrainConfig) -> Callable[..., torch.Tenso
     return torch.compile(model, dynamic=False, mode=config.compile_mode) if config.compile else model
 
 
+def record(run: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """``run`` as a CUDA graph, after a few runs, and what it returned. Graphs of one ``pool`` share memory."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # in which libraries compile and choose kernels, and take their memory
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    gc.collect()  # a recording that died in the midst of another would spoil it
+    # in the threads of a loader CUDA may be called meanwhile
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        results = run()
+    return graph, results
+
+
 def recorded(step: Step, images: torch.Tensor, labels: torch.Tensor) -> Step:
     """``step`` as one CUDA graph, for batches like ``images`` and ``labels``, which it keeps.
 
     What it returns is overwritten by its next call.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # in which libraries compile and choose kernels, and take their memory
-            step(images, labels)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    gc.collect()  # a recording that died in the midst of another would spoil it
-    # in the threads of a loader CUDA may be called meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = step(images, labels)
+    graph, results = record(lambda: step(images, labels))
 
     def replay(new_images: torch.Tensor, new_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         images.copy_(new_images)

@@ -7,6 +7,8 @@ The schemas, shape functions and autograd are here; csrc/batch_norm_relu.cpp hol
 triton_kernels.py those for CUDA.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -177,14 +179,14 @@ class _BatchNormReLU(torch.autograd.Function):
 library.impl("batch_norm_relu", _BatchNormReLU.apply, "Autograd")
 
 
-def _cuda_forward(x, *args):  # type: ignore[no-untyped-def]
+def _cuda_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     from fastres.ops.batch_norm_relu import triton_kernels  # needs Triton, which only comes with CUDA builds
 
     with torch.cuda.device_of(x):  # Triton launches on the current device
         return triton_kernels.forward(x, *args)
 
 
-def _cuda_backward(grad, *args):  # type: ignore[no-untyped-def]
+def _cuda_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     from fastres.ops.batch_norm_relu import triton_kernels
 
     with torch.cuda.device_of(grad):

@@ -61,11 +61,15 @@ def _offsets(row, channel, plane, channels, channels_last: tl.constexpr):
 
 
 @triton.jit
-def _tile(channels, block_rows: tl.constexpr, block_channels: tl.constexpr):
-    """Rows and channels of the program's tile, in the order in which channels-last tensors lie in memory."""
+def _tile(rows, channels, plane, channels_last: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr):
+    """Channels of the program's tile, which of them there are, which of its places, and their offsets; tiles come in
+    the order in which channels-last tensors lie in memory."""
     across = tl.cdiv(channels, block_channels)
     first_row, first_channel = tl.program_id(0) // across * block_rows, tl.program_id(0) % across * block_channels
-    return first_row + tl.arange(0, block_rows), first_channel + tl.arange(0, block_channels)
+    row, channel = first_row + tl.arange(0, block_rows), first_channel + tl.arange(0, block_channels)
+    valid_channel = channel < channels
+    valid = (row < rows)[:, None] & valid_channel[None, :]
+    return channel, valid_channel, valid, _offsets(row, channel, plane, channels, channels_last)
 
 
 @triton.jit
@@ -136,11 +140,7 @@ def forward_once(
     dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """y and all statistics of all rows of a block of channels; x is read once."""
-    row = tl.arange(0, block_rows)
-    channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
-    valid_channel = channel < channels
-    valid = (row < rows)[:, None] & valid_channel[None, :]
-    offsets = _offsets(row, channel, plane, channels, channels_last)
+    channel, valid_channel, valid, offsets = _tile(rows, channels, plane, channels_last, block_rows, block_channels)
     values = tl.load(x + offsets, valid, other=0.0).to(dtype)
     mean_c, deviation_c = _merged(valid.to(dtype), values, tl.zeros_like(values), rows)
     var_c = deviation_c / rows
@@ -224,11 +224,9 @@ def normalize(
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual) for a tile."""
-    row, channel = _tile(channels, block_rows, block_channels)
-    valid = (row < rows)[:, None] & (channel < channels)[None, :]
-    offsets = _offsets(row, channel, plane, channels, channels_last)
+    channel, valid_channel, valid, offsets = _tile(rows, channels, plane, channels_last, block_rows, block_channels)
     values = tl.load(x + offsets, valid, other=0.0).to(dtype)
-    mean_c, invstd, weight_c, bias_c = _affine(channel, channel < channels, weight, bias, mean, var, eps, dtype)
+    mean_c, invstd, weight_c, bias_c = _affine(channel, valid_channel, weight, bias, mean, var, eps, dtype)
     z = _normalized(values, residual, offsets, valid, mean_c, weight_c * invstd, bias_c, has_residual, relu)
     tl.store(y + offsets, z.to(y.dtype.element_ty), valid)
 
@@ -240,11 +238,7 @@ def backward_once(
     dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """All gradients of all rows of a block of channels; grad, x and y are read once."""
-    row = tl.arange(0, block_rows)
-    channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
-    valid_channel = channel < channels
-    valid = (row < rows)[:, None] & valid_channel[None, :]
-    offsets = _offsets(row, channel, plane, channels, channels_last)
+    channel, valid_channel, valid, offsets = _tile(rows, channels, plane, channels_last, block_rows, block_channels)
     mean_c, invstd, weight_c, bias_c = _affine(channel, valid_channel, weight, bias, mean, var, eps, dtype)
     scale = weight_c * invstd
     dy = tl.load(grad + offsets, valid, other=0.0).to(dtype)
@@ -312,10 +306,7 @@ def input_gradient(
     block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """dx = scale * (dz - (dbias + (x - mean) * invstd * dweight) / rows); in evaluation dx = scale * dz."""
-    row, channel = _tile(channels, block_rows, block_channels)
-    valid_channel = channel < channels
-    valid = (row < rows)[:, None] & valid_channel[None, :]
-    offsets = _offsets(row, channel, plane, channels, channels_last)
+    channel, valid_channel, valid, offsets = _tile(rows, channels, plane, channels_last, block_rows, block_channels)
     mean_c, invstd, weight_c, bias_c = _affine(channel, valid_channel, weight, bias, mean, var, eps, dtype)
     scale = weight_c * invstd
     dy = tl.load(grad + offsets, valid, other=0.0).to(dtype)
