@@ -11,28 +11,31 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastres.report.study import read_results, scale_line, table
+from fastres.config import as_flag, read_json
+from fastres.errors import UserError
+from fastres.profile import ProfileConfig
+from fastres.report.study import Results, one_of_each_model, read_results, scale_line, table
 
 Content = dict[str, Any]
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, or 2 with one line where a file is missing or the README has no place for a table."""
+    """Returns 0, or 2 with one line where a file is missing or damaged, or the README has no place for a table."""
     readme = Path(arguments[0] if arguments else "README.md")
     results = Path(arguments[1] if len(arguments) > 1 else "benchmarks/results")
     try:
         text = readme.read_text()
-        contents = [{**json.loads(path.read_text()), "folder": path.parent} for path in sorted(results.rglob("*.json"))]
-    except (OSError, ValueError) as error:
+        if not re.search(r"<!-- results:\w+ -->", text):
+            raise UserError(f"{readme} has no <!-- results:NAME --> to fill")
+        contents = [{**read_json(path), "folder": path.parent} for path in sorted(results.rglob("*.json"))]
+        readme.write_text(render(text, contents))
+    except (OSError, UserError) as error:
         print(f"render: error: {error}", file=sys.stderr)
         return 2
-    if not re.search(r"<!-- results:\w+ -->", text):
-        print(f"render: error: {readme} has no <!-- results:NAME --> to fill", file=sys.stderr)
-        return 2
-    readme.write_text(render(text, contents))
     return 0
 
 
@@ -70,11 +73,15 @@ def profile_table(profile: Content) -> str:
         for row in profile["variants"]
     ]
     head = ["", "s/epoch", "p20 to p80", "images/s", "x eager", "data wait", "peak MiB", "of the limit"]
+    defaults = json.loads(json.dumps(asdict(ProfileConfig()) | {"model": None}, default=str))
+    settings = {name: value for name, value in profile["config"].items() if name not in ("output_dir", "trace")}
+    flags = [as_flag(name, value) for name, value in settings.items() if value != defaults[name]]
     caption = (
-        f"`{profile['model']}`, {profile['images_per_epoch']:,} {profile['dataset']} images an epoch, batch "
-        f"{profile['batch_size']}, {profile['augmentation']}; {profile['device']}; {profile['rounds']} rounds of "
-        f"{profile['steps_per_round']} of {profile['steps_per_epoch']} steps; torch {profile['versions']['torch']}, "
-        f"commit {_short(profile['commit'])}, {profile['date']}. Limit {profile['limit_epoch_seconds']:,.2f} s."
+        f"`python -m fastres.profile {' '.join(flags)}`: {profile['images_per_epoch']:,} {profile['dataset']} images "
+        f"an epoch, batch {profile['batch_size']}, {profile['augmentation']}; {profile['device']}; {profile['rounds']} "
+        f"rounds of {profile['steps_per_round']} of {profile['steps_per_epoch']} steps; torch "
+        f"{profile['versions']['torch']}, commit {_short(profile['commit'])}, {profile['date']}. Limit "
+        f"{profile['limit_epoch_seconds']:,.2f} s."
     )
     return f"{caption}\n\n{table(head, rows)}"
 
@@ -149,7 +156,7 @@ def operator_table(contents: list[Content]) -> str:
         ]
         for key, measured in sorted(groups.items())
     ]
-    return table(["device", "direction", "", "eager", "compile", "limit (copy)", "measured"], rows)
+    return table(["device", "direction", "", "eager", "compile", "copy", "measured"], rows)
 
 
 def study_table(contents: list[Content]) -> str:
@@ -157,15 +164,16 @@ def study_table(contents: list[Content]) -> str:
     rows, captions = [], []
     for study in sorted((content for content in contents if "study" in content), key=lambda study: study["study"]):
         results = read_results(study["folder"], study)
+        compared = one_of_each_model(results)  # the one that eager PyTorch trained, too
         for result in results:
-            seconds, published = result.estimate("epoch_seconds"), result.published.get("best_accuracy")
+            published = result.published.get("best_accuracy")
             rows.append(
                 [
                     f"`{study['study']}`: {result.label}",
                     f"{published:.2f}" if published else "",
                     *(result.estimate(metric).text() for metric in ("best_accuracy", "last_accuracy")),
-                    seconds.text(1),
-                    f"{result.eager['epoch_seconds'] / seconds.mean:.2f}" if result.eager else "",
+                    result.estimate("epoch_seconds").text(1),
+                    f"{times_eager(result):.1f}" if result.eager and result in compared else "",
                 ]
             )
         summary = results[0].summaries[0]
@@ -176,6 +184,12 @@ def study_table(contents: list[Content]) -> str:
         )
     head = ["run", "published best, %", "best, %", "last, %", "s/epoch", "x eager"]
     return "\n\n".join([table(head, rows), "\n".join(f"* {caption}" for caption in captions)])
+
+
+def times_eager(result: Results) -> float:
+    """How many times as many images a second as eager PyTorch's."""
+    assert result.eager is not None
+    return result.estimate("images_per_second").mean / result.eager["images_per_second"]
 
 
 TABLES: dict[str, Callable[[list[Content]], str]] = {

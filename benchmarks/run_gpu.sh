@@ -90,7 +90,7 @@ for batch in "${batches[@]:1}"; do
         profile "$model-$batch" 80 "$model" "$batch" --no-compile-variant
     done
 done
-step tilings 200 "${interpreter[@]}" "$PYTHON" benchmarks/tune_batch_norm_relu.py "$out/tilings.json"
+step tilings 200 "${interpreter[@]}" "$PYTHON" benchmarks/tune_batch_norm_relu.py "$out/tilings.jsonl"
 if [[ ${DATA:-} ]]; then
     step study-architecture 150 "$PYTHON" -m fastres.study architecture --dataset folder --data-dir "$DATA" \
         --output-dir "$out/study-architecture"

@@ -3,10 +3,11 @@
     python -m pytest benchmarks/test_batch_norm_relu.py --benchmark-only --benchmark-json=FILE
 
 bfloat16 activations, float32 parameters, channels-last. The candidates run in interleaved rounds, and
-`extra_info` holds how many times as long as the fused operator each took. `copy` is the limit: the time that
-copying takes for the bytes that the operator's passes move. FASTRES_BENCHMARK_BATCH=32 makes a quick run.
-On a GPU the kernels alone are timed, in turn on as many sets of tensors as its cache does not hold, and the
-compiler's are those of max-autotune but for its last refinement, coordinate descent.
+`extra_info` holds how many times as long as the fused operator each took. `copy` is the time that copying takes for
+the bytes that two passes must move, as fastres.roofline counts them; a cache may make the operator faster.
+FASTRES_BENCHMARK_BATCH=32 makes a quick run. On a GPU the kernels alone are timed, in turn on as many sets of tensors
+as its cache does not hold, and the compiler's are those of max-autotune but for its last refinement, coordinate
+descent.
 """
 
 import os
@@ -60,10 +61,10 @@ def test_batch_norm_relu(benchmark, shape, direction, has_residual):
     if direction != "forward":
         for tensor in (weight, bias, *(x for x, *_ in inputs), *(residual for _, residual, _ in inputs)):
             tensor.requires_grad_()
-    # Tensors read and written: x twice and y; grad and x twice and dx. A residual adds itself; y and dz.
+    # Tensors read and written: x twice and y; grad and x twice and dx. A residual adds itself; its gradient.
     tensors = 3 + has_residual
     if direction != "forward":
-        tensors += 5 + 2 * has_residual
+        tensors += 5 + has_residual
 
     def step(function):
         def run():

@@ -15,6 +15,8 @@ from fastres.data.plan import AUGMENTATIONS
 from fastres.errors import UserError
 from fastres.models import MODELS
 
+# the settings that change how fast a run is, and no more than rounding of what it computes
+ENGINE = ("channels_last", "amp", "loader", "fused", "compile", "compile_mode", "cuda_graphs")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -69,21 +71,23 @@ class TrainConfig:
     workers: int = flag("Data", "threads (dali) or processes (eager) that prepare batches", 2)
 
     epochs: int = flag("Optimization", "training epochs; digits: 7", 30)
-    batch_size: int = flag("Optimization", "training images a step, of all processes together; digits: 32", 128)
-    eval_batch_size: int = flag("Optimization", "images a step in evaluation, of all processes together", 250)
+    batch_size: int = flag("Optimization", "training images a step, over all processes; digits: 32", 128)
+    eval_batch_size: int = flag("Optimization", "images a step in evaluation, over all processes", 250)
     drop_last: bool = flag("Optimization", "leave out the last, smaller batch of a training epoch", True)
     lr: float = flag("Optimization", "peak learning rate; VGGs: 0.01; digits: 0.02", 0.1)
     momentum: float = flag("Optimization", "of SGD", 0.9)
     nesterov: bool = flag("Optimization", "Nesterov momentum", True)
     weight_decay: float = flag("Optimization", "of all parameters", 5e-4)
-    label_smoothing: float = flag("Optimization", "of the training loss, 0 to 1", 0.0)
+    label_smoothing: float = flag("Optimization", "of the training loss, at least 0 and below 1", 0.0)
     schedule: str = flag(
         "Optimization", "learning rate, set at every step", "cosine", ("constant", "multistep", "cosine", "onecycle")
     )
     warmup_epochs: float | None = flag(
         "Optimization", "epochs of linear warm-up; auto: 1, or half of a single epoch; onecycle: 30%% of the run", None
     )
-    milestones: tuple[int, ...] = flag("Optimization", "multistep: comma-separated epochs that divide it by 10", ())
+    milestones: tuple[int, ...] = flag(
+        "Optimization", "multistep: comma-separated epochs at which it is divided by 10", ()
+    )
 
     device: str = flag("Engine", "auto: cuda where there is one", "auto", ("auto", "cpu", "cuda"))
     amp: str = flag(
@@ -127,15 +131,16 @@ class TrainConfig:
             (self.checkpoint_steps >= 0, f"--checkpoint-steps {self.checkpoint_steps}: must not be negative"),
             (self.fused or not self.sync_bn, "--sync-bn: is made of the fused operator; leave --no-fused off"),
             (0 <= self.seed < 2**63, f"--seed {self.seed}: must not be negative, and less than 2^63"),
-            (self.lr > 0, f"--lr {self.lr}: must be positive"),
+            (0 < self.lr < math.inf, f"--lr {self.lr}: must be positive, and finite"),
             (0 <= self.momentum < 1, f"--momentum {self.momentum}: must be in [0, 1)"),
             (self.momentum > 0 or not self.nesterov, "--nesterov: needs a --momentum above 0; add --no-nesterov"),
             (self.weight_decay >= 0, f"--weight-decay {self.weight_decay}: must not be negative"),
             (0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: must be in [0, 1)"),
             (0 < self.train_fraction <= 1, f"--train-fraction {self.train_fraction}: must be in (0, 1]"),
             (0 <= self.val_fraction < 1, f"--val-fraction {self.val_fraction}: must be in [0, 1)"),
+            ((self.warmup_epochs or 0) >= 0, f"--warmup-epochs {self.warmup_epochs}: must not be negative"),
             (
-                self.schedule == "constant" or 0 <= (self.warmup_epochs or 0) < self.epochs,
+                self.schedule == "constant" or (self.warmup_epochs or 0) < self.epochs,
                 f"--warmup-epochs {self.warmup_epochs}: must be less than --epochs {self.epochs}",
             ),
             (
@@ -265,7 +270,10 @@ def over_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage, and exits with code 2."""
+    """Says what is wrong in one line, without the usage, and exits with code 2. Flags are written out."""
+
+    def __init__(self, prog: str, description: str | None = None) -> None:
+        super().__init__(prog, description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -289,6 +297,9 @@ def comma_separated_integers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+comma_separated_integers.__name__ = "list of integers"  # in argparse's message
+
+
 PARSERS: dict[Any, Any] = {
     str: str,
     int: int,
@@ -302,8 +313,11 @@ PARSERS: dict[Any, Any] = {
 }
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type, leave_out: Collection[str] = ()) -> None:
-    """Adds a flag for every field of the dataclass ``config`` but those to ``leave_out``, in the fields' groups.
+def add_flags(
+    parser: argparse.ArgumentParser, config: type, leave_out: Collection[str] = (), default: str | None = None
+) -> None:
+    """Adds a flag for every field of the dataclass ``config`` but those to ``leave_out``, in the fields' groups. Help
+    names each field's own default, or ``default``.
 
     A flag that is not given is left out of the namespace, so that what the user said stands apart from defaults, which
     a recipe or a dataset may replace.
@@ -324,8 +338,25 @@ def add_flags(parser: argparse.ArgumentParser, config: type, leave_out: Collecti
             options |= {"type": PARSERS[kind], "metavar": "X"}
         if item.metadata["choices"]:
             options |= {"choices": item.metadata["choices"], "metavar": None}
-        words = {"None": "auto", "()": "none", "True": "on", "False": "off"}
-        shown = words.get(str(item.default), item.default)
         groups[title].add_argument(
-            "--" + item.name.replace("_", "-"), help=f"{item.metadata['help']} (default: {shown})", **options
+            "--" + item.name.replace("_", "-"),
+            help=f"{item.metadata['help']} (default: {default or in_words(item.default)})",
+            **options,
         )
+
+
+def as_flag(name: str, value: Any) -> str:
+    """The field ``name`` set to ``value``, as on a command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{'' if value else 'no-'}{flag}"
+    if isinstance(value, list | tuple):
+        return f"--{flag} {','.join(map(str, value))}"
+    return f"--{flag} {format(value, 'g') if isinstance(value, float) else value}"
+
+
+def in_words(default: Any) -> str:
+    """A field's default as help shows it."""
+    if isinstance(default, tuple):
+        return ",".join(map(str, default)) or "none"
+    return {"None": "auto", "True": "on", "False": "off"}.get(str(default), str(default))

@@ -24,7 +24,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     Args:
         relu: apply ReLU; the only argument that `torch.nn.BatchNorm2d` has not.
 
-    Shape: `x` and `residual` `[N, C, H, W]`, of one type; the output too.
+    Shape: `x` and `residual` `[N, C, H, W]`; the output too, in the type of `x`, to which the residual is converted.
 
     Raises:
         ValueError: as `torch.nn.BatchNorm2d` and `fastres.ops.batch_norm_relu` do.
@@ -50,7 +50,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
             self.running_var if use_running else None,
             self.weight,
             self.bias,
-            residual=residual,
+            residual=None if residual is None else residual.to(x.dtype),
             training=self.training or self.running_mean is None,
             momentum=momentum,
             eps=self.eps,

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fastres.config import Parser, TrainConfig, add_flags, flag
+from fastres.config import ENGINE, Parser, TrainConfig, add_flags, flag
 from fastres.data.datasets import DATASETS, Dataset, load_dataset, synthetic
+from fastres.data.plan import AUGMENTATIONS
 from fastres.errors import UserError
 from fastres.models import create_model
-from fastres.report.profile import FLAGS, advice, plot_profile, profile_table
+from fastres.report.profile import advice, plot_profile, profile_table
 from fastres.roofline import forward_macs, limit_seconds, measure_machine, step_kernels
 from fastres.training import distributed
 from fastres.training.baseline import EAGER, StudyLoop
@@ -35,8 +36,8 @@ from fastres.training.measure import (
     train,
     warm_up,
 )
-from fastres.training.run import commit, device_name, resolve, steps_per_epoch, versions, write_json
-from fastres.training.trainer import AMP_DTYPES, Trainer
+from fastres.training.run import commit, device_name, make_folder, resolve, steps_per_epoch, versions, write_json
+from fastres.training.trainer import AMP_DTYPES, Trainer, enough_memory
 
 BATCH_SIZES = {"cuda": 128, "cpu": 32}  # the studies' 128 takes a CPU longer than one waits for a profile
 RIVAL = "compile, not fused"
@@ -61,7 +62,9 @@ class ProfileConfig:
     )
     images: int = flag("Data", "of an epoch of synthetic images", 50_000)
     data_dir: Path = same_flag("data_dir")
-    augmentation: str = same_flag("augmentation")
+    classes: tuple[str, ...] = same_flag("classes")
+    skip_bad_images: bool = same_flag("skip_bad_images")
+    augmentation: str = flag("Data", "augmentation of training images", "crop-flip", tuple(AUGMENTATIONS))
     workers: int = same_flag("workers")
 
     batch_size: int | None = flag("Engine", "training images a step; auto: 128 on CUDA, 32 on a CPU", None)
@@ -96,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         profile(ProfileConfig(**given), console)
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -109,6 +112,7 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
     assert defaults.output_dir is not None
     if (defaults.output_dir / "profile.json").exists():
         raise UserError(f"--output-dir {defaults.output_dir}: already holds a profile; choose another folder")
+    make_folder(defaults.output_dir)
     console.print(f"dataset: {dataset.name}, {len(dataset.train):,} training images\n{why}")
     device = torch.device(defaults.device)
     tune_libraries(device.type)
@@ -129,7 +133,8 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
         console.print(f"left out: {line}")
     step_seconds = []
     for variant in variants:
-        step_seconds.append(warm_up(variant, dataset))
+        with enough_memory("--batch-size", defaults.batch_size):
+            step_seconds.append(warm_up(variant, dataset))
         console.print(
             f"{variant.name}: first step {variant.warm_up_seconds:.2f} s, third {step_seconds[-1]:.2f} s, "
             f"peak memory {variant.peak_memory_mb:,.0f} MiB"
@@ -183,7 +188,6 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
     }
     result["advice"] = advice(result)
-    defaults.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(defaults.output_dir / "profile.json", result)
     picture = plot_profile(defaults.output_dir)
     console.print(profile_table(result))
@@ -205,7 +209,7 @@ def prepare(config: ProfileConfig) -> tuple[TrainConfig, Dataset, str]:
     if config.dataset == "synthetic":
         dataset = synthetic(config.images)
     else:
-        dataset, _ = load_dataset(config.dataset, config.data_dir)
+        dataset, _ = load_dataset(config.dataset, config.data_dir, config.classes, config.skip_bad_images)
     time_now = f"{datetime.now():%Y%m%d-%H%M%S}"
     batch_size = config.batch_size
     if batch_size is None:
@@ -276,7 +280,7 @@ def row(variant: Variant, images: int, limit: float, eager: Variant) -> dict[str
         "peak_memory_mb": variant.peak_memory_mb,
         "limit_share": limit / median,
         "warm_up_seconds": variant.warm_up_seconds,
-        "engine": {name: getattr(variant.config, name) for name in FLAGS},
+        "engine": {name: getattr(variant.config, name) for name in ENGINE},
     }
 
 

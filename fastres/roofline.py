@@ -1,7 +1,8 @@
-"""The least time that a training step can take: the model's own arithmetic and traffic over the machine's own rates.
+"""The limit of a training step: the model's own arithmetic and traffic over the machine's own rates.
 
-Williams, Waterman & Patterson, "Roofline: an insightful visual performance model" (2009): a kernel takes at least the
-longer of its arithmetic at the machine's matrix rate and its traffic at the machine's memory bandwidth.
+Williams, Waterman & Patterson, "Roofline: an insightful visual performance model" (2009): a kernel takes the longer of
+its arithmetic at the rate of a large matrix product and its traffic at that of a large copy. No kernel computes faster;
+one whose tensors are still in a cache may read faster.
 """
 
 import time
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 COPY_BYTES = 2**28  # far more than a cache holds
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
@@ -38,25 +40,20 @@ def forward_macs(model: nn.Module) -> int:
 
     The figure that is published as a model's "FLOPs" or MACs.
     """
-    macs = 0
-
-    def count(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nonlocal macs
-        macs += _macs(module, output)
-
-    _call_with_hook(model.eval(), 1, (nn.Conv2d, nn.Linear), count)
-    return macs
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(torch.empty(1, 3, 32, 32, device="meta"))
+    return counter.get_total_flops() // 2
 
 
 def step_kernels(model: nn.Module, batch_size: int, dtype: torch.dtype) -> list[Kernel]:
-    """What one training step on ``batch_size`` images must do at least, with activations and gradients in ``dtype``.
+    """What one training step on ``batch_size`` images must do, with activations and gradients in ``dtype``.
 
     A convolution or linear layer is three products of the same size: output, gradient of the input (not for the first
     layer) and gradient of the weight. A batch norm with its residual and ReLU is one kernel in two passes: forward it
     reads the input twice and writes the output, 3 tensors (4 with a residual); backward it reads the input and the
     output's gradient twice and writes the input's gradient, 5 tensors (6 with the residual's gradient). Pooling moves
-    its input and its output once in each direction. Loss and optimizer are left out, so the true limit is a little
-    higher. ``model`` is on the meta device, which computes shapes and no numbers.
+    its input and its output once in each direction. Loss and optimizer are left out. ``model`` is on the meta device,
+    which computes shapes and no numbers.
     """
     kernels: list[Kernel] = []
 
@@ -74,7 +71,11 @@ def step_kernels(model: nn.Module, batch_size: int, dtype: torch.dtype) -> list[
         kernels.extend([Kernel(2 * _macs(module, output), traffic)] * products)
 
     kinds = nn.Conv2d, nn.Linear, nn.BatchNorm2d, *POOLING
-    _call_with_hook(model.train(), batch_size, kinds, count, with_kwargs=True)
+    modules = [module for module in model.train().modules() if isinstance(module, kinds)]
+    handles = [module.register_forward_hook(count, with_kwargs=True) for module in modules]
+    model(torch.empty(batch_size, 3, 32, 32, device="meta"))
+    for handle in handles:
+        handle.remove()
     return kernels
 
 
@@ -118,14 +119,3 @@ def _synchronize(device: torch.device) -> None:
 def _macs(module: Any, output: torch.Tensor) -> int:
     """Every output value is a sum over one output channel's or unit's weights."""
     return output.numel() * module.weight[0].numel()
-
-
-def _call_with_hook(
-    model: nn.Module, batch_size: int, kinds: tuple[type[nn.Module], ...], hook: Callable[..., None], **options: bool
-) -> None:
-    handles = [module.register_forward_hook(hook, **options) for module in model.modules() if isinstance(module, kinds)]
-    try:
-        model(torch.empty(batch_size, 3, 32, 32, device="meta"))
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from multiprocessing.connection import Connection
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastres.config import Parser, TrainConfig, add_flags, flag, over_recipe, read_json
+from fastres.config import ENGINE, Parser, TrainConfig, add_flags, flag, over_recipe, read_json
 from fastres.data.datasets import MINI_CIFAR10_CLASSES, Dataset, load_dataset
 from fastres.errors import Interrupted, UserError
 from fastres.models import create_model
@@ -30,14 +31,14 @@ from fastres.train import RESUMABLE, configure, prepare, signals_noted
 from fastres.training import distributed
 from fastres.training.baseline import EAGER
 from fastres.training.hardware import tune_libraries
-from fastres.training.measure import train
-from fastres.training.run import Run, resolve, write_json
+from fastres.training.measure import Window, train
+from fastres.training.run import Run, make_folder, resolve, write_json
 
 # whose cost is compared; the schedule costs nothing
 EAGER_RUN = EAGER | {"schedule": "constant", "warmup_epochs": 0.0, "milestones": ()}
-EAGER_EPOCHS = 3  # the median leaves the first out, which warms up
-MEASURED_STEPS = 2  # of each model, for --dry-run; as many before them warm up
-ENGINE = ("model", "batch_size", "augmentation", "device", "amp", "channels_last", "fused", "loader", "workers")
+EAGER_EPOCHS = 3
+MEASURED_STEPS = 2  # of each model, for --dry-run
+RATE = ("model", "batch_size", "augmentation", "device", "workers", *ENGINE)  # what images a second depend on
 PROCESSES = multiprocessing.get_context("forkserver")  # CUDA does not survive a plain fork
 
 
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     actions = parser.add_argument_group("Actions").add_mutually_exclusive_group()
     actions.add_argument("--resume", action="store_true", help="keep finished runs and go on with interrupted ones")
     actions.add_argument("--dry-run", action="store_true", help="only say what would run, and about how long")
-    add_flags(parser, TrainConfig, leave_out=("seed", "output_dir", "sync_bn"))
+    add_flags(parser, TrainConfig, leave_out=("seed", "output_dir", "sync_bn"), default="the study's")
     distributed.refuse(parser)
     given = parser.parse_flags(arguments)
     name, resume, dry_run = given.pop("name"), given.pop("resume"), given.pop("dry_run")
@@ -222,10 +223,7 @@ def prepare_folder(folder: Path, planned: list[PlannedRun], resume: bool) -> Non
                     f"--resume: {run.folder} was started with {name.replace('_', '-')} {getattr(saved, name)}, "
                     f"and would now have {value}; take the first call's flags, or another --output-dir"
                 )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be made ({error.strerror})") from error
+    make_folder(folder)
 
 
 def begun(folder: Path) -> str:
@@ -359,10 +357,11 @@ def _train(given: dict[str, Any], resume: Path | None, sender: Connection) -> No
 def print_estimate(planned: list[PlannedRun], console: Console) -> None:
     """A table of the runs and about how long each would take."""
     rates: dict[tuple[Any, ...], tuple[float, str]] = {}
+    rate_of = attrgetter(*RATE)
     for run in planned:
         if run.finished:
             summary = read_json(run.folder / "summary.json")
-            rates[_engine(run)] = summary["images_per_second"], "finished run"
+            rates[rate_of(run.config)] = summary["images_per_second"], "finished run"
     table = Table(title=f"{len(planned)} runs", title_justify="left")
     for header in ("run", "epochs", "images", "about", "from"):
         table.add_column(header, justify="left" if header in ("run", "from") else "right")
@@ -371,9 +370,9 @@ def print_estimate(planned: list[PlannedRun], console: Console) -> None:
         if run.finished:
             seconds, source = 0.0, "is finished"
         else:
-            if _engine(run) not in rates:
-                rates[_engine(run)] = measure(run), f"{MEASURED_STEPS} measured steps"
-            rate, source = rates[_engine(run)]
+            if rate_of(run.config) not in rates:
+                rates[rate_of(run.config)] = measure(run), f"{MEASURED_STEPS} measured steps"
+            rate, source = rates[rate_of(run.config)]
             # a forward pass is a third of a training step's arithmetic
             seconds = run.config.epochs * (len(run.dataset.train) + len(run.dataset.test) / 3) / rate
         total += seconds
@@ -382,19 +381,14 @@ def print_estimate(planned: list[PlannedRun], console: Console) -> None:
     console.print(f"about {duration(total)} in all, without start-up and compilation")
 
 
-def _engine(run: PlannedRun) -> tuple[Any, ...]:
-    """What the images a second of a run depend on."""
-    return tuple(getattr(run.config, name) for name in ENGINE)
-
-
 def measure(run: PlannedRun) -> float:
-    """Training images a second over a few steps, uncompiled; writes nothing."""
-    few = np.arange(MEASURED_STEPS * run.config.batch_size) % len(run.dataset.train)
+    """Training images a second over a few steps, uncompiled, once the loader has started; writes nothing."""
+    few = np.arange((MEASURED_STEPS + 1) * run.config.batch_size) % len(run.dataset.train)
     config = replace(run.config, compile=False, val_fraction=0.0)
     tune_libraries(config.device)
     trial = Run(config, replace(run.dataset, train=run.dataset.train.take(few)))
     trial.trainer.warm_up()
-    epoch = train(trial.trainer, trial.train_loader)
+    epoch = train(trial.trainer, Window(trial.train_loader, MEASURED_STEPS))
     return epoch.images / epoch.seconds
 
 

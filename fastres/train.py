@@ -166,6 +166,8 @@ def finished_run(
 ) -> tuple[TrainConfig, Dataset, tuple[float, float]]:
     """Settings, dataset, and test loss and accuracy of the run in ``folder``. Raises UserError where it did not end
     there."""
+    if (folder / "last.pt").exists() and not (folder / "summary.json").exists():
+        raise UserError(f"--eval {folder}: the run has not come to its end; --resume {folder} goes on with it")
     try:
         saved = TrainConfig.from_json(read_json(folder / "config.json"), "config.json")
         summary = read_json(folder / "summary.json")

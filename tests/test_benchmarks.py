@@ -1,12 +1,15 @@
 """The README's tables come from measured files, and the GPU script goes on when a step fails."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, over_recipe
 
 ROOT = Path(__file__).parents[1]
 specification = importlib.util.spec_from_file_location("render", ROOT / "benchmarks/render.py")
@@ -32,6 +35,7 @@ def profile(date, median):
         "images_per_epoch": 50_000,
         "batch_size": 128,
         "augmentation": "crop-flip",
+        "config": {"model": "vgg16", "seconds": 150.0, "data_dir": "data", "compile_variant": True, "trace": True},
         "rounds": 5,
         "steps_per_round": 40,
         "steps_per_epoch": 390,
@@ -60,6 +64,7 @@ def test_the_newest_profile_is_shown():
     text = render.render(readme("profile"), [profile("2026-02-01 10:00", 4.0), profile("2026-01-01 10:00", 9.0)])
     assert "| eager | 4.00 | 3.00 to 5.00 | 12,500 | 1.00 | 31.2 % | 1,234 | 25 % |" in text
     assert "5 rounds of 40 of 390 steps; torch 2.11.0, commit 0123456-dirty, 2026-02-01 10:00" in text
+    assert "`python -m fastres.profile --model vgg16 --seconds 150 --compile-variant`" in text
     assert "9.00" not in text
     assert "old" not in text
     assert text.startswith("above\n<!-- results:profile -->\n")
@@ -192,6 +197,21 @@ def test_runs_are_shown_with_their_command():
     run = {"command": "python -m fastres.train", "data": "digits", "date": "2026-01-02 03:04", "summary": summary}
     row = "| `python -m fastres.train` | digits | 90.33 / 89.50 % | 48.4 | 310 | 0.3 % | Some CPU, 2026-01-02, "
     assert row in render.render(readme("training"), [run])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("train-*.json")), ids=lambda path: path.stem)
+def test_the_shown_command_gives_the_settings_of_its_run(path):
+    run = json.loads(path.read_text())
+    _, command = run["command"].split("python -m fastres.train ")
+    parser = Parser("fastres.train")
+    add_flags(parser, TrainConfig)
+    given = parser.parse_flags(command.split())
+    defaults = DATASET_DEFAULTS.get(run["config"]["dataset"], {})
+    config = TrainConfig(**{**defaults, **over_recipe(given)}).to_json()
+    of_the_machine = {"data_dir", "output_dir", "device", "amp", "loader", "compile", "compile_mode", "cuda_graphs"}
+    for name, value in run["config"].items():
+        if name not in of_the_machine | {"warmup_epochs"}:
+            assert config[name] == value, name
 
 
 def test_the_readme_shows_what_is_in_the_results(tmp_path):

@@ -113,7 +113,7 @@ def stopped(folders):
 
 
 def flags_of(*arguments):
-    parser = Parser()
+    parser = Parser("python -m fastres.train")
     add_flags(parser, TrainConfig)
     return parser.parse_flags([str(argument) for argument in arguments])
 
@@ -361,44 +361,10 @@ def test_cifar_files(cifar10, data):
 
 
 WORDS = [
-    "title",
-    "flags",
-    "runs",
-    "variants",
-    "include",
-    "figures",
-    "conjectures",
-    "published",
-    "model",
-    "lr",
-    "epochs",
-]
-WORDS += [
-    '"x"',
-    "3",
-    "-1",
-    "1e400",
-    "1e-3",
-    "nan",
-    "true",
-    "[]",
-    "{}",
-    "[[1]]",
-    "{ lr = 0.1 }",
-    "1979-05-27",
-    "[runs.x]",
-]
-WORDS += [
-    '["architecture/vgg16"]',
-    "9" * 400,
-    "milestones",
-    "batch-size",
-    "seed",
-    "zero-gamma",
-    "\n",
-    "=",
-    '"a\\u0000b"',
-]
+    "title", "flags", "runs", "variants", "include", "figures", "conjectures", "published", "model", "lr", "epochs",
+    '"x"', "3", "-1", "1e400", "1e-3", "nan", "true", "[]", "{}", "[[1]]", "{ lr = 0.1 }", "1979-05-27", "[runs.x]",
+    '["architecture/vgg16"]', "9" * 400, "milestones", "batch-size", "seed", "zero-gamma", "\n", "=", '"a\\u0000b"',
+]  # fmt: skip
 
 
 @cases(75)

@@ -29,6 +29,7 @@ def test_state_dict_of_batch_norm(layer):
         {"affine": False},
         {"track_running_stats": False},
         {"momentum": 0.0},
+        {"eps": 0.1},
     ],
     ids=str,
 )
@@ -63,6 +64,19 @@ def test_bfloat16_under_autocast():
         assert y.dtype == torch.bfloat16
         y.sum().backward()
         assert module.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("layer", [BatchNormReLU2d, EagerBatchNormReLU2d])
+def test_a_float32_residual_under_autocast(layer):
+    x = torch.randn(4, 3, 8, 8, requires_grad=True)
+    conv, norm = nn.Conv2d(3, 3, 3, padding=1, bias=False), layer(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(conv(x), residual=x)
+    assert y.dtype == torch.bfloat16
+    expected = layer(3)(conv(x), residual=x)
+    torch.testing.assert_close(y.float(), expected, rtol=3e-2, atol=3e-2)
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
 
 
 def losses_of_fifty_steps(fused):

@@ -8,10 +8,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
 from fastres import profile, roofline
 from fastres.models import create_model
+from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
 from fastres.report.profile import advice
+from fastres.training.baseline import StudyLoop
 from fastres.training.trainer import Trainer
 from tests.conftest import CommandLine
 
@@ -91,7 +94,7 @@ def test_without_dali_and_bf16_those_steps_are_left_out(command_line, flags, mon
     [
         (["--model", "resnet17"], "--model: invalid choice: 'resnet17'"),
         (["--dataset", "imagenet"], "--dataset: invalid choice: 'imagenet'"),
-        (["--dataset", "folder", "--data-dir", "nowhere"], "--data-dir nowhere: no folder train/"),
+        (["--dataset", "folder", "--data-dir", "nowhere"], "--data-dir nowhere: no such folder"),
         (["--batchsize", "1"], "unknown argument --batchsize; did you mean --batch-size"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--batch-size", "21"], "--batch-size 21: larger than the training set of 20 images"),
@@ -126,7 +129,11 @@ def test_the_rival_is_the_compiled_model_without_the_operator():
     rival, fastres = variants[-2:]
     assert rival.config == replace(defaults, fused=False, compile=True)
     assert fastres.config == defaults
+    assert type(variants[0].engine) is StudyLoop
     assert type(rival.engine) is type(fastres.engine) is Trainer
+    for variant in variants:
+        norms = {type(module) for module in variant.engine.model.modules() if isinstance(module, nn.BatchNorm2d)}
+        assert norms == {BatchNormReLU2d if variant.config.fused else EagerBatchNormReLU2d}
     assert not any("compile" in line for line in left_out)
 
 

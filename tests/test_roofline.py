@@ -74,9 +74,15 @@ def test_a_kernel_takes_the_longer_of_arithmetic_and_traffic():
 
 def test_counting_leaves_no_hook_behind():
     model = on_meta("vgg11")
-    forward_macs(model)
     step_kernels(model, 2, torch.float32)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_machine_rates_count_both_operations_and_both_directions(monkeypatch):
+    monkeypatch.setattr(roofline, "_best_seconds", lambda function, device: 0.5)
+    monkeypatch.setattr(roofline, "COPY_BYTES", 2**22)
+    monkeypatch.setitem(roofline.MATRIX_SIZE, "cpu", 128)
+    assert measure_machine(torch.device("cpu"), torch.float32) == Machine(2 * 2 * 128**3, 2 * 2 * 2**22)
 
 
 def test_machine_rates_are_those_of_the_moment(monkeypatch):

@@ -131,6 +131,12 @@ def test_a_run_saves_when_its_study_is_killed(flags, tmp_path):
     assert read_checkpoint(tmp_path / "out/high-seed0")["epoch"]["steps"] > 0
 
 
+def test_a_dry_run_estimates(command_line, flags, monkeypatch):
+    monkeypatch.setattr(study, "measure", lambda run: 1.0)  # images a second, of 60 to train on and 20 to test
+    assert command_line(*flags, "--dry-run", "--no-eager-cost") == 0
+    assert re.findall(r"about (.*) in all", command_line.out) == ["7 min"]  # 2 runs of 3 epochs of 60 + 20 / 3
+
+
 def test_dry_run_writes_nothing(command_line, flags, tmp_path):
     assert command_line(*flags, "--dry-run", "--seeds", "0,1") == 0
     assert "5 runs" in command_line.out
@@ -159,6 +165,20 @@ def test_built_in_studies_are_runs_that_train(name, arrays, tmp_path):
         assert planned.config.epochs == (10 if name == "residual" else 2)
         assert planned.config.milestones == ((5, 8) if name == "residual" else ())
         assert planned.config.zero_gamma == ("gamma0" in definition.name)
+
+
+def test_a_planned_run_has_its_seed(arrays, tmp_path):
+    definition = load_study("architecture").runs[0]
+    flags = {"batch_size": 20, "device": "cpu"}
+    planned = study.plan_run(definition, 7, study.StudyConfig(), flags, tmp_path, lambda *_: (arrays, "arrays"))
+    assert planned.config.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (59, "59 s"), (61, "1 min"), (3540, "59 min"), (7500, "2 h 05 min")]
+)
+def test_durations(seconds, words):
+    assert study.duration(seconds) == words
 
 
 def test_mini_cifar10_from_files_takes_its_three_classes(arrays, tmp_path):
@@ -208,13 +228,13 @@ def test_bad_files(old, new, message, command_line, flags, study_file, tmp_path)
     ("arguments", "message"),
     [
         (["--seeds", "0,0"], "--seeds: a seed is named twice"),
-        (["--seeds", "a"], "--seeds: invalid"),
+        (["--seeds", "a"], "--seeds: invalid list of integers value: 'a'"),
         (["--scale", "0"], r"--scale 0.0: must be in \(0, 1\]"),
         (["--data-scale", "2"], r"--data-scale 2.0: must be in \(0, 1\]"),
         (["--price-per-hour", "-1"], "--price-per-hour -1.0: must not be negative"),
         (["--resume"], "--resume: .* holds no study"),
         (["--output-dir", "/dev/null/out"], "--output-dir /dev/null/out: cannot be made"),
-        (["--data-dir", "nowhere"], "tiny, run low: --data-dir nowhere: no folder train/"),
+        (["--data-dir", "nowhere"], "tiny, run low: --data-dir nowhere: no such folder"),
     ],
 )
 def test_bad_flags(arguments, message, command_line, flags, tmp_path):

@@ -1,8 +1,12 @@
 """The command line, on real files: what a run prints, and one clear line with exit code 2 for whatever is wrong."""
 
 import io
+import itertools
 import json
 import re
+import signal
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +14,8 @@ from rich.console import Console
 
 from fastres.config import TrainConfig, over_recipe
 from fastres.data.datasets import synthetic
-from fastres.train import configure, tracked
+from fastres.train import configure, signals_noted, tracked
+from fastres.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("tiny_vgg11")
 
@@ -59,6 +64,30 @@ def test_warm_up_fits_the_run(arguments, warmup_epochs, command_line, flags, tmp
     assert json.loads((tmp_path / "run/config.json").read_text())["warmup_epochs"] == warmup_epochs
 
 
+def test_a_signal_ends_a_run_with_its_exit_code(command_line, flags, tmp_path, monkeypatch):
+    steps, step = itertools.count(1), Trainer._step
+
+    def interrupted(self, *batch):
+        if next(steps) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, *batch)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    assert command_line(*flags) == 143
+    assert re.search(r"stopped by SIGTERM; --resume .*run goes on", command_line.err)
+    assert "the run has not come to its end; --resume" in command_line.one_line("--eval", tmp_path / "run")
+    assert command_line("--resume", tmp_path / "run") == 0
+
+
+def test_a_second_signal_acts_at_once():
+    with signals_noted() as noted:
+        assert noted() == 0
+        signal.raise_signal(signal.SIGINT)
+        assert noted() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_help_groups_the_flags(command_line):
     assert command_line("--help") == 0
     for group in ("Recipe:", "Model:", "Data:", "Optimization:", "Engine:", "Output:"):
@@ -77,12 +106,15 @@ def test_help_groups_the_flags(command_line):
         (["--epochs", "0"], "--epochs 0: must be at least 1"),
         (["--lr", "-1"], "--lr -1.0: must be positive"),
         (["--lr", "nan"], "--lr nan: must be positive"),
+        (["--lr", "inf"], "--lr inf: must be positive, and finite"),
+        (["--epoch", "5"], "unknown argument --epoch; did you mean --epochs"),
         (["--train-fraction", "0"], r"--train-fraction 0.0: must be in \(0, 1\]"),
         (["--batch-size", "61"], "--batch-size 61: larger than the training set of 60 images"),
         (["--schedule", "multistep"], "--schedule multistep: needs --milestones"),
-        (["--milestones", "5,x"], "--milestones: invalid"),
+        (["--milestones", "5,x"], "--milestones: invalid list of integers value: '5,x'"),
         (["--epochs", "1", "--warmup-epochs", "1"], "--warmup-epochs 1.0: must be less than --epochs 1"),
         (["--warmup-epochs", "2"], "--warmup-epochs 2.0: must be less than --epochs 2"),
+        (["--warmup-epochs", "-1"], "--warmup-epochs -1.0: must not be negative"),
         (["--zero-gamma"], "--zero-gamma: vgg11 has no residual blocks"),
         (["--amp", "fp16"], "--amp fp16: needs a GPU"),
         (["--classes", "dark,cow"], "--classes: .* has no cow; it has bright, dark"),
@@ -95,25 +127,23 @@ def test_bad_flags(arguments, message, command_line, flags, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_without_the_extension(command_line, flags, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastres._C", None)
+    monkeypatch.delattr("fastres._C", raising=False)
+    message = command_line.one_line(*flags)
+    assert "the C++ extension of fastres does not import" in message
+    assert "`make setup`, or take --no-fused" in message
+    assert command_line(*flags, "--no-fused") == 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu(command_line, flags):
     assert "--device cuda: torch sees no CUDA device" in command_line.one_line(*flags, "--device", "cuda")
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda root: (root / "train").rename(root / "elsewhere"), "no folder train/"),
-        (lambda root: [path.unlink() for path in (root / "train/dark").iterdir()], "train/dark: holds no .jpg or .png"),
-        (
-            lambda root: (root / "test/dark/0000.jpg").write_bytes(b"no image"),
-            "megapixels: test/dark/0000.jpg; replace",
-        ),
-    ],
-)
-def test_bad_folders(damage, message, command_line, flags, image_folder):
-    damage(image_folder)
-    assert message in command_line.one_line(*flags)
+def test_a_bad_folder(command_line, flags, image_folder):
+    (image_folder / "test/dark/0000.jpg").write_bytes(b"no image")
+    assert "megapixels: test/dark/0000.jpg; replace" in command_line.one_line(*flags)
 
 
 def test_bad_images_are_left_out_and_counted(command_line, flags, image_folder, tmp_path):
@@ -188,13 +218,17 @@ def test_the_studies_settings_are_the_published_ones(recipe, model, expected):
 def test_defaults_give_way_to_the_models_the_datasets_and_the_flags_that_were_given():
     console = Console(quiet=True)
 
-    def chosen(**given):
-        return configure(over_recipe(given), console, lambda *_: (synthetic(200), "digits"))[0]
+    def chosen(name="synthetic", **given):
+        return configure(over_recipe(given), console, lambda *_: (replace(synthetic(200), name=name), name))[0]
 
     assert chosen(model="resnet18").lr == 0.1
     assert chosen(model="vgg16").lr == 0.01
     assert chosen(model="vgg16", lr=0.3).lr == 0.3
     assert chosen(recipe="study-b", model="vgg16").lr == 0.1
+    digits = chosen("digits", model="resnet18")
+    assert (digits.epochs, digits.batch_size, digits.lr, digits.augmentation) == (7, 32, 0.02, "none")
+    digits = chosen("digits", model="resnet18", lr=0.3, augmentation="crop-flip")
+    assert (digits.epochs, digits.lr, digits.augmentation) == (7, 0.3, "crop-flip")
 
 
 def test_config_survives_json():

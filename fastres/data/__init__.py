@@ -9,13 +9,20 @@ from fastres.data.datasets import Split
 from fastres.data.plan import EpochPlan
 from fastres.errors import UserError
 
+Batch = tuple[torch.Tensor, torch.Tensor]
+
 
 class Loader(Protocol):
-    """Gives the batches of an epoch: float32 images ``[B, 3, 32, 32]`` and int64 labels ``[B]``."""
+    """Gives the batches of an epoch: float32 images ``[B, 3, 32, 32]`` and int64 labels ``[B]``.
+
+    ``starts_anew``: with every epoch, whose first batch is therefore waited for.
+    """
+
+    starts_anew: bool
 
     def __len__(self) -> int: ...
 
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: ...
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]: ...
 
 
 def choose_loader(name: str) -> tuple[str, str]:
@@ -30,7 +37,7 @@ def choose_loader(name: str) -> tuple[str, str]:
     except ImportError as error:
         if name == "auto":
             return "eager", f"DALI does not import: {error}"
-        raise UserError(f"--loader dali: DALI does not import ({error}); pip install 'fastres[dali]'") from error
+        raise UserError(f"--loader dali: DALI does not import ({error}); pip install nvidia-dali-cuda130") from error
     return "dali", "asked for" if name == "dali" else "DALI imports"
 
 

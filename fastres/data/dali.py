@@ -9,10 +9,10 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from PIL import Image
 
+from fastres.data import Batch
 from fastres.data.datasets import IMAGE_SIZE, Split, decode_image
 from fastres.data.plan import CUTOUT_SIZE, EpochPlan
 
-Batch = tuple[torch.Tensor, torch.Tensor]
 AHEAD = 8  # batches that a GPU may lag behind the host
 DECODE_BATCH, DECODE_BATCH_LARGE = 512, 16  # of 32x32 images; of images that may have many megapixels
 
@@ -26,6 +26,8 @@ class DaliLoader:
     pipeline runs ahead, also over the end of an epoch, so that the next epoch's first batch is ready when it is asked
     for.
     """
+
+    starts_anew = False
 
     def __init__(
         self,

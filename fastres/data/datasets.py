@@ -186,6 +186,8 @@ def folder(
     Raises UserError for a missing folder, an empty class, classes that differ between train and test, unknown or
     repeated ``classes``, and files that don't decode or have more than ``MAX_PIXELS``.
     """
+    if not data_dir.is_dir():
+        raise UserError(f"--data-dir {data_dir}: no such folder")
     for part in ("train", "test"):
         if not (data_dir / part).is_dir():
             raise UserError(f"--data-dir {data_dir}: no folder {part}/ in it; expected {part}/<class>/*.jpg or *.png")

@@ -9,10 +9,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
+from fastres.data import Batch
 from fastres.data.datasets import IMAGE_SIZE, Split, decode_image
 from fastres.data.plan import CROP_PADDING, CUTOUT_SIZE, EpochPlan
-
-Batch = tuple[torch.Tensor, torch.Tensor]
 
 # A worker must not collect the garbage of the process that it was forked from: the threads of a DALI pipeline, say, do
 # not exist in it.
@@ -26,6 +25,8 @@ class EagerLoader:
     contiguous, normalised with ``mean`` and ``std`` of pixels in [0, 1], and int64 ``[B]``, on the CPU (pinned for a
     CUDA ``device``).
     """
+
+    starts_anew = True
 
     def __init__(
         self,

@@ -1,21 +1,28 @@
 """The models by name: ResNets with the CIFAR stem and VGGs, both for 32x32 images."""
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
 from fastres.errors import UserError
-from fastres.models.resnet import resnet18, resnet34, resnet50, resnet101
-from fastres.models.vgg import vgg11, vgg13, vgg16, vgg19, vgg19_4096, vgg19_bn_4096
+from fastres.models.resnet import BasicBlock, Bottleneck, ResNet
+from fastres.models.vgg import VGG, head_4096
 from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d, SyncBatchNormReLU2d
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    model.__name__: model
-    for model in (
-        resnet18, resnet34, resnet50, resnet101,
-        vgg11, vgg13, vgg16, vgg19, vgg19_bn_4096, vgg19_4096,
-    )
-}  # fmt: skip
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
+    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
+    "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
+    "vgg11": partial(VGG, 11),
+    "vgg13": partial(VGG, 13),
+    "vgg16": partial(VGG, 16),
+    "vgg19": partial(VGG, 19),
+    # Study B's: torchvision's vgg19_bn and vgg19, pooled to 1x1, with their head of 4096 units and dropout
+    "vgg19_bn_4096": partial(VGG, 19, head=head_4096, bias=True),
+    "vgg19_4096": partial(VGG, 19, head=head_4096, bias=True, norm=False),
+}
 
 
 def list_models() -> list[str]:

@@ -101,19 +101,3 @@ class ResNet(nn.Module):
         x = self.bn1(self.conv1(x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
-
-
-def resnet18(num_classes: int, norm_layer: NormLayer, zero_gamma: bool = False) -> ResNet:
-    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, norm_layer, zero_gamma)
-
-
-def resnet34(num_classes: int, norm_layer: NormLayer, zero_gamma: bool = False) -> ResNet:
-    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, norm_layer, zero_gamma)
-
-
-def resnet50(num_classes: int, norm_layer: NormLayer, zero_gamma: bool = False) -> ResNet:
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, norm_layer, zero_gamma)
-
-
-def resnet101(num_classes: int, norm_layer: NormLayer, zero_gamma: bool = False) -> ResNet:
-    return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, norm_layer, zero_gamma)

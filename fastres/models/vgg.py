@@ -22,12 +22,21 @@ CONVOLUTIONS = {  # at each resolution; channels are 64, 128, 256, 512, 512
 
 
 class VGG(nn.Module):
-    """Convolutions of 3x3 with norm and ReLU, or ReLU alone where ``norm_layer`` is None, then ``classifier``.
+    """Convolutions of 3x3 with norm and ReLU, without ``norm`` with ReLU alone, then ``head(num_classes)``, by default
+    one linear layer.
 
     ``bias`` gives the convolutions one, which a norm after them makes redundant.
     """
 
-    def __init__(self, depth: int, classifier: nn.Module, norm_layer: NormLayer | None, bias: bool = False) -> None:
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int,
+        norm_layer: NormLayer,
+        head: Callable[[int], nn.Module] | None = None,
+        bias: bool = False,
+        norm: bool = True,
+    ) -> None:
         super().__init__()
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         number, in_channels = 0, 3
@@ -35,13 +44,13 @@ class VGG(nn.Module):
             channels = min(64 << stage, 512)
             for _ in range(convolutions):
                 layers[str(number)] = nn.Conv2d(in_channels, channels, 3, padding=1, bias=bias)
-                layers[str(number + 1)] = norm_layer(channels) if norm_layer else nn.ReLU(inplace=True)
-                number += 3 if norm_layer else 2
+                layers[str(number + 1)] = norm_layer(channels) if norm else nn.ReLU(inplace=True)
+                number += 3 if norm else 2
                 in_channels = channels
             layers[str(number)] = nn.MaxPool2d(2)
             number += 1
         self.features = nn.Sequential(layers)
-        self.classifier = classifier
+        self.classifier = head(num_classes) if head else nn.Linear(512, num_classes)
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -54,32 +63,6 @@ class VGG(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(torch.flatten(self.features(x), 1))
-
-
-def vgg11(num_classes: int, norm_layer: NormLayer) -> VGG:
-    return VGG(11, nn.Linear(512, num_classes), norm_layer)
-
-
-def vgg13(num_classes: int, norm_layer: NormLayer) -> VGG:
-    return VGG(13, nn.Linear(512, num_classes), norm_layer)
-
-
-def vgg16(num_classes: int, norm_layer: NormLayer) -> VGG:
-    return VGG(16, nn.Linear(512, num_classes), norm_layer)
-
-
-def vgg19(num_classes: int, norm_layer: NormLayer) -> VGG:
-    return VGG(19, nn.Linear(512, num_classes), norm_layer)
-
-
-def vgg19_bn_4096(num_classes: int, norm_layer: NormLayer) -> VGG:
-    """Study B's: torchvision's vgg19_bn, pooled to 1x1, with its head of 4096 units and dropout."""
-    return VGG(19, head_4096(num_classes), norm_layer, bias=True)
-
-
-def vgg19_4096(num_classes: int, norm_layer: NormLayer) -> VGG:
-    """Study B's without batch norm: torchvision's vgg19. ``norm_layer`` is not used."""
-    return VGG(19, head_4096(num_classes), None, bias=True)
 
 
 def head_4096(num_classes: int) -> nn.Sequential:

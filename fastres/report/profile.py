@@ -4,28 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 from matplotlib import pyplot as plt
 from rich import box
 from rich.table import Table
 
-from fastres.config import COMPILE_MODES
+from fastres.config import as_flag
 
 MUCH_WAIT = 0.02  # of an epoch
 CLEARLY_FASTER = 1.05
-
-FLAGS: dict[str, dict[Any, str]] = {
-    "channels_last": {True: "--channels-last", False: "--no-channels-last"},
-    "amp": {"bf16": "--amp bf16", "fp16": "--amp fp16", "off": "--amp off"},
-    "loader": {"dali": "--loader dali", "eager": "--loader eager"},
-    "fused": {True: "--fused", False: "--no-fused"},
-    "compile": {True: "--compile", False: "--no-compile"},
-    "compile_mode": {mode: f"--compile-mode {mode}" for mode in COMPILE_MODES},
-    "cuda_graphs": {True: "--cuda-graphs", False: "--no-cuda-graphs"},
-}
 
 
 def profile_table(result: dict[str, Any]) -> Table:
@@ -93,7 +79,7 @@ def advice(result: dict[str, Any]) -> str:
         return f"data wait is {100 * wait:.0f}%: {alone}; {change}"
     best = min((row for row in result["variants"] if row["engine"] != fastres["engine"]), key=_median, default=fastres)
     gain = _median(fastres) / _median(best)
-    changes = [FLAGS[name][value] for name, value in best["engine"].items() if value != fastres["engine"][name]]
+    changes = [as_flag(name, value) for name, value in best["engine"].items() if value != fastres["engine"][name]]
     if gain > CLEARLY_FASTER:
         return f"{best['name']} is {gain:.2f}x as fast as the defaults here: train with {' '.join(changes)}"
     return (

@@ -425,7 +425,10 @@ def provenance(study: dict[str, Any], results: list[Results]) -> str:
 
 
 def one_of_each_model(results: list[Results]) -> list[Results]:
-    return list({result.model: result for result in reversed(results)}.values())[::-1]
+    first: dict[str, Results] = {}
+    for result in results:
+        first.setdefault(result.model, result)
+    return list(first.values())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

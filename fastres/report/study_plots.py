@@ -5,13 +5,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
-import matplotlib.colors
-
-matplotlib.use("Agg")
-
 import numpy as np
 import pandas as pd
+from matplotlib import colors
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -22,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 if TYPE_CHECKING:
     from fastres.report.study import Results
 
-COLORS = list(matplotlib.colors.TABLEAU_COLORS)
+COLORS = list(colors.TABLEAU_COLORS)
 FEW_EPOCHS = 30  # up to here a point is marked at each
 CONFUSION_COLUMNS = 3
 

@@ -181,6 +181,10 @@ def check(state: dict[str, Any], trainer: Trainer) -> None:
             raise ValueError(f"{part} has not a state for each process")
     for process in state["rng"]:
         check_like(process, expected["rng"], "rng")
+    if expected["cuda_rng"] is not None:
+        for process in state["cuda_rng"]:
+            if process is not None:  # it was on a CPU
+                check_like(process, expected["cuda_rng"], "cuda_rng")
 
 
 def check_history(history: Any, validated: bool) -> None:

@@ -22,6 +22,16 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     return torch.device("cpu"), "asked for" if name == "cpu" else "no CUDA device"
 
 
+def check_extension() -> None:
+    """Raises UserError where the fused operator's CPU kernels do not import."""
+    try:
+        import fastres._C  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"the C++ extension of fastres does not import ({error}): build it with `make setup`, or take --no-fused"
+        ) from error
+
+
 def choose_amp(name: str, device: torch.device) -> tuple[str, str]:
     """``bf16``, ``fp16`` or ``off``. Raises UserError for fp16 on a CPU, which torch would run more slowly."""
     if name == "fp16" and device.type == "cpu":

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fastres.config import TrainConfig
-from fastres.data import Loader, create_loader
+from fastres.data import Batch, Loader, create_loader
 from fastres.data.datasets import Dataset
 from fastres.data.plan import training_plan
 from fastres.training.baseline import StudyLoop
@@ -20,22 +20,23 @@ from fastres.training.trainer import Epoch, Trainer
 LOADER_IMAGES = 20_000  # so that the start of the loader is a small part of a pass
 LOADER_PASSES = 3
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-
 
 class Window:
     """``steps`` batches at a time of a ``loader`` that goes on from one call to the next, epoch after epoch.
 
     So a few steps show the loader's pace. Were it started for them, its workers would be seen to start up and to fill
-    their queues. ``first_wait`` is what the start took, in seconds: the wait for the first batch of all.
+    their queues. ``first_wait`` is what every epoch waits for its first batch, in seconds: nothing where the loader
+    goes on from one epoch to the next.
     """
+
+    starts_anew = False
 
     def __init__(self, loader: Loader, steps: int) -> None:
         self.steps = steps
         self.batches = chain.from_iterable(loader.epoch(number) for number in count())
         asked = time.perf_counter()
         next(self.batches)
-        self.first_wait = time.perf_counter() - asked
+        self.first_wait = time.perf_counter() - asked if loader.starts_anew else 0.0
 
     def __len__(self) -> int:
         return self.steps
@@ -47,6 +48,7 @@ class Window:
 class Resident:
     """The same batch again and again, already on the device: a loader that costs nothing."""
 
+    starts_anew = False
     first_wait = 0.0
 
     def __init__(self, batch: Batch, steps: int) -> None:
@@ -74,11 +76,14 @@ class Variant:
 
     def measure(self, number: int, steps_of_epoch: int) -> None:
         """Trains on the window and scales what it took to a whole epoch: the first wait is paid once, the rest each
-        step."""
+        step. A window as long as an epoch has the first wait of the next one in it."""
         result = train(self.engine, self.window, number)
-        wait, work = (seconds / result.steps for seconds in (result.data_wait_seconds, result.seconds))
-        self.wait_seconds.append(self.window.first_wait + wait * (steps_of_epoch - 1))
-        self.epoch_seconds.append((work - wait) * steps_of_epoch + self.wait_seconds[-1])
+        wait, work = result.data_wait_seconds, result.seconds - result.data_wait_seconds
+        if result.steps < steps_of_epoch:
+            wait = self.window.first_wait + wait / result.steps * (steps_of_epoch - 1)
+            work *= steps_of_epoch / result.steps
+        self.wait_seconds.append(wait)
+        self.epoch_seconds.append(work + wait)
 
 
 def train(engine: StudyLoop | Trainer, loader: Loader, number: int = 0) -> Epoch:
@@ -151,7 +156,8 @@ def watch_memory(engine: StudyLoop | Trainer, step: Loader) -> float:
 
 
 def loaders_alone(configs: Sequence[TrainConfig], dataset: Dataset) -> dict[str, float]:
-    """Images a second of each loader with nobody at work on them, its start included; passes interleaved."""
+    """Images a second of each loader with nobody at work on them; passes interleaved, and the median of them. A loader
+    that goes on from one epoch to the next starts in the first pass alone."""
     steps = max(min(LOADER_IMAGES, len(dataset.train)) // configs[0].batch_size, 1)
     loaders = {config.loader: planned_loader(config, dataset, steps) for config in configs}
     rates: dict[str, list[float]] = {name: [] for name in loaders}

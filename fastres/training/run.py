@@ -20,7 +20,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import fastres
-from fastres.config import TrainConfig
+from fastres.config import ENGINE, TrainConfig
 from fastres.data import Loader, choose_loader, create_loader
 from fastres.data.datasets import Dataset, Split
 from fastres.data.plan import EpochPlan, evaluation_plan, training_plan
@@ -29,6 +29,7 @@ from fastres.models import create_model
 from fastres.training import distributed
 from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights, write_atomically
 from fastres.training.hardware import (
+    check_extension,
     choose_amp,
     choose_compile,
     choose_cuda_graphs,
@@ -57,6 +58,8 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
         )
     steps = config.epochs * steps_per_epoch(config, images)
     device, device_why = choose_device(config.device)
+    if config.fused and device.type == "cpu":
+        check_extension()
     amp, amp_why = choose_amp(config.amp, device)
     compiled, compile_why = choose_compile(config.compile, device, steps)
     cuda_graphs, graphs_why = choose_cuda_graphs(config.cuda_graphs, device, config.compile_mode if compiled else None)
@@ -119,6 +122,7 @@ class Run:
         self.epoch: Epoch | None = None  # that a checkpoint was in the middle of
         self.resumed = checkpoint is not None
         self.warm_up_seconds = 0.0
+        self.saved = time.monotonic()  # when a checkpoint was written
         if checkpoint is not None:
             self.epoch = restore(checkpoint, self.trainer)
             self.history = checkpoint["history"]
@@ -160,22 +164,17 @@ class Run:
             raise UserError(
                 f"--output-dir {self.folder}: already holds a run; choose another folder, or --resume {self.folder}"
             )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output-dir {self.folder}: cannot be made ({error.strerror})") from error
+        make_folder(self.folder)
         write_json(self.folder / "config.json", self.config.to_json())
 
     def _train(self, epoch: Epoch, on_step: Callable[[], None], signalled: Callable[[], int]) -> Epoch:
         """Trains on the rest of ``epoch``, saving within it as asked, and returns that of all processes."""
-        saved = time.monotonic()
         every = self.config.checkpoint_steps
 
         def after_step() -> None:
-            nonlocal saved
             on_step()
             asked = time.perf_counter()
-            minutes = (time.monotonic() - saved) / 60
+            minutes = (time.monotonic() - self.saved) / 60
             step = epoch.number * len(self.train_loader) + epoch.steps
             due = 0 < self.config.checkpoint_minutes <= minutes or (every > 0 and step % every == 0)
             # processes notice a signal at different steps, and have clocks of their own, but must save at the same step
@@ -184,7 +183,6 @@ class Run:
             if signal_number or save:
                 self.trainer.settle(epoch)
                 self._save(self._checked(epoch))
-                saved = time.monotonic()
             if signal_number:
                 raise Interrupted(signal_number, self.folder)
 
@@ -236,6 +234,7 @@ class Run:
 
     def _save(self, epoch: Epoch | None = None) -> None:
         save_checkpoint(self.folder / "last.pt", self.trainer, self.history, epoch)
+        self.saved = time.monotonic()
 
     def evaluate_best(self) -> Evaluation:
         """The test split through the best epoch's weights, reloaded from their file."""
@@ -256,6 +255,8 @@ class Run:
             "train_images": len(self.dataset.train),
             "test_images": len(self.dataset.test),
             "skipped_images": self.dataset.skipped_images,
+            "mean": list(self.dataset.mean),
+            "std": list(self.dataset.std),
             "params_millions": sum(parameter.numel() for parameter in self.trainer.model.parameters()) / 1e6,
             "epochs": len(self.history),
             "best_selected_on": "validation" if self.validation_loader else "test",
@@ -274,13 +275,7 @@ class Run:
             "peak_memory_mb": peak_memory,
             "device": device_name(self.trainer.device),
             "world_size": distributed.world_size(),
-            "loader": config.loader,
-            "amp": config.amp,
-            "channels_last": config.channels_last,
-            "compile": config.compile,
-            "compile_mode": config.compile_mode,
-            "cuda_graphs": config.cuda_graphs,
-            "fused": config.fused,
+            **{name: getattr(config, name) for name in ENGINE},
             "seed": config.seed,
             "versions": versions(),
             "commit": commit(),
@@ -316,6 +311,14 @@ class Run:
 def best_row(history: list[Row]) -> Row:
     """The first epoch of the highest validation accuracy, or test accuracy where nothing was held out."""
     return max(history, key=lambda row: row["val_accuracy" if "val_accuracy" in row else "test_accuracy"])
+
+
+def make_folder(folder: Path) -> None:
+    """Raises UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be made ({error.strerror})") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -230,8 +230,8 @@ class Trainer:
     def train_epoch(self, loader: Loader, epoch: Epoch, after_step: Callable[[], None] = lambda: None) -> None:
         """Trains on the rest of ``epoch``, bringing it up to date, and calls ``after_step`` after each step.
 
-        The host never waits for the device inside. The clock stands still in ``after_step``, which is expected to
-        ``settle`` the epoch if it does more than look.
+        The host never waits for the device inside, unless the loader is far ahead of it. The clock stands still in
+        ``after_step``, which is expected to ``settle`` the epoch if it does more than look.
         """
         self.model.train()
         steps = len(loader)

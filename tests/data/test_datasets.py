@@ -1,3 +1,4 @@
+import hashlib
 import io
 import pickle
 import tarfile
@@ -5,22 +6,19 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
 
-from fastres.data.datasets import MINI_CIFAR10_CLASSES, digits, folder, load_dataset
+from fastres.data.datasets import CIFAR100_MEAN, CIFAR100_STD, MINI_CIFAR10_CLASSES, digits, folder, load_dataset
 from fastres.errors import UserError
 from tests.conftest import write_folder
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def fake_cifar10(root, monkeypatch, per_batch=50):
+def fake_cifar10(root, monkeypatch, source=CIFAR10, classes=CIFAR10_CLASSES, per_batch=50):
     """Files of CIFAR-10's format under ``root`` with random images, and torchvision's checksums set to theirs."""
-    import hashlib
-
-    from torchvision.datasets import CIFAR10
-
     rng = np.random.default_rng(0)
-    base = root / CIFAR10.base_folder
+    base = root / source.base_folder
     base.mkdir(parents=True)
 
     def write(name, content):
@@ -29,15 +27,16 @@ def fake_cifar10(root, monkeypatch, per_batch=50):
         return [name, hashlib.md5(data).hexdigest()]
 
     def batch(name):
-        labels = [i % 10 for i in range(per_batch)]
+        labels = [i % len(classes) for i in range(per_batch)]
         pixels = rng.integers(0, 256, (per_batch, 3072), dtype=np.uint8)
-        return write(name, {"data": pixels, "labels": labels})
+        return write(name, {"data": pixels, "labels" if source is CIFAR10 else "fine_labels": labels})
 
-    monkeypatch.setattr(CIFAR10, "train_list", [batch(name) for name, _ in CIFAR10.train_list])
-    monkeypatch.setattr(CIFAR10, "test_list", [batch(name) for name, _ in CIFAR10.test_list])
-    meta = write("batches.meta", {"label_names": CIFAR10_CLASSES})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
-    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # nothing listens there
+    key = source.meta["key"]
+    meta = write("meta", {key: classes})
+    monkeypatch.setattr(source, "train_list", [batch(name) for name, _ in source.train_list])
+    monkeypatch.setattr(source, "test_list", [batch(name) for name, _ in source.test_list])
+    monkeypatch.setattr(source, "meta", {"filename": meta[0], "key": key, "md5": meta[1]})
+    monkeypatch.setattr(source, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # nothing listens there
     return root
 
 
@@ -69,6 +68,14 @@ def test_cifar10_and_its_classes(tmp_path, monkeypatch):
     np.testing.assert_array_equal(
         swapped.test.images[swapped.test.labels == 1], whole.test.images[whole.test.labels == 0]
     )
+
+
+def test_cifar100(tmp_path, monkeypatch):
+    names = [f"class {label}" for label in range(100)]
+    dataset, _ = load_dataset("cifar100", fake_cifar10(tmp_path, monkeypatch, CIFAR100, names, per_batch=150))
+    assert dataset.classes == tuple(names)
+    np.testing.assert_array_equal(dataset.train.labels, np.arange(150) % 100)
+    assert (dataset.mean, dataset.std) == (CIFAR100_MEAN, CIFAR100_STD)
 
 
 def test_auto_takes_mini_cifar10_where_it_lies(tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ import torch
 from PIL import ExifTags, Image
 
 from fastres.data import choose_loader, create_loader
-from fastres.data.datasets import Dataset, Split, folder
+from fastres.data.dali import DECODE_BATCH_LARGE, decode
+from fastres.data.datasets import Dataset, Split, decode_image, folder
 from fastres.data.plan import AUGMENTATIONS, EpochPlan, evaluation_plan, training_plan
 from fastres.errors import UserError
 from tests.conftest import write_folder
@@ -154,6 +155,18 @@ def test_loaders_agree_on_odd_images(name, content, device, arrays, tmp_path):
     levels = (dali - eager).abs() * torch.tensor(dataset.std).view(3, 1, 1) * 255
     assert levels.max() <= (3 if name.startswith("jpeg") else 1e-3)
     assert dali.std() > 0.1
+
+
+def test_what_comes_after_a_refused_image_is_not_displaced(arrays, tmp_path):
+    root = write_folder(tmp_path, arrays, ".png", 48)
+    damaged = root / "train/dark/0040.png"
+    damaged.write_bytes(damaged.read_bytes()[:-12])
+    split = folder(root).train
+    eager = (decode_image(content).resize((32, 32), Image.Resampling.BILINEAR) for content in split.images)
+    pixels = decode(split, workers=1).astype(int)
+    assert len(pixels) > 3 * DECODE_BATCH_LARGE
+    for ours, theirs in zip(pixels, eager, strict=True):
+        assert abs(ours - np.asarray(theirs)).mean() < 3
 
 
 def test_the_largest_image_is_resized_alike(tmp_path):

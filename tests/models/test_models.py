@@ -8,6 +8,7 @@ from torch import nn
 from fastres.errors import UserError
 from fastres.models import create_model, list_models
 from fastres.models.resnet import BasicBlock, Bottleneck
+from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
 
 
 def parameters(model):
@@ -67,7 +68,7 @@ def test_deeper_resnets_have_torchvisions_state_dict(name):
     create_model(name, 7).load_state_dict(torchvision_resnet(name).state_dict())
 
 
-@pytest.mark.parametrize("name", ["vgg11", "vgg16"])
+@pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16"])
 def test_vggs_are_torchvisions_with_a_single_fc(name):
     theirs = with_other_statistics(torchvision_vgg(name + "_bn"))
     theirs.classifier = nn.Linear(512, 7)
@@ -95,6 +96,24 @@ def test_study_b_vggs_are_torchvisions(name, source):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     assert_same_function(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg16", "vgg19_4096"])
+def test_weights_begin_as_torchvisions(name):
+    for module in create_model(name, 1000).modules():
+        if isinstance(module, nn.Conv2d):  # He et al. 2015, arXiv:1502.01852, by the outputs
+            expected = (2 / (module.out_channels * module.kernel_size[0] ** 2)) ** 0.5
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.05)
+        if isinstance(module, nn.Linear) and name.startswith("vgg"):
+            assert module.weight.std().item() == pytest.approx(0.01, rel=0.05)
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None and name.startswith("vgg"):
+            assert not module.bias.any()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_fused_or_eager_norms(fused):
+    norms = {type(m) for m in create_model("resnet18", 10, fused=fused).modules() if isinstance(m, nn.BatchNorm2d)}
+    assert norms == {BatchNormReLU2d if fused else EagerBatchNormReLU2d}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

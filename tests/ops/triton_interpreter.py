@@ -31,10 +31,13 @@ def test_agrees_with_float64(shape, dtype, channels_last, has_residual, relu, tr
     torch.manual_seed(0)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
-    def activation():
+    other_format = torch.contiguous_format if channels_last else torch.channels_last
+
+    def activation(memory_format=memory_format):
         return torch.randn(shape).to(dtype).to(memory_format=memory_format)
 
-    x, residual, grad = activation() * 2 + 1, activation() if has_residual else None, activation()
+    x, grad = activation() * 2 + 1, activation(other_format)
+    residual = activation(other_format if training else memory_format) if has_residual else None
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     weight, bias, running_mean = torch.randn(3, shape[1], dtype=statistics).unbind()
     running_var = torch.rand(shape[1], dtype=statistics) + 0.5

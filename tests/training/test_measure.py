@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fastres.config import TrainConfig
+from fastres.data.datasets import synthetic
 from fastres.models import create_model
 from fastres.training.baseline import StudyLoop
-from fastres.training.measure import Resident, Variant, Window, train
+from fastres.training.measure import Resident, Variant, Window, planned_loader, train
 from fastres.training.trainer import Trainer
 
 
@@ -23,17 +24,24 @@ class FixedWindow:
     first_wait = 1.0
 
 
-@pytest.mark.parametrize("steps", [4, 100])
-def test_the_first_wait_is_paid_once_an_epoch(steps):
+@pytest.mark.parametrize(("steps", "wait"), [(4, 1.2), (100, 1.0 + 99 * 0.3)])
+def test_the_first_wait_is_paid_once_an_epoch(steps, wait):
     variant = Variant("eager", TrainConfig(), FixedEngine(), FixedWindow())
     variant.measure(0, steps)
-    wait = 1.0 + (steps - 1) * 0.3
     assert variant.wait_seconds == pytest.approx([wait])
     assert variant.epoch_seconds == pytest.approx([wait + steps * 0.45])
 
 
+@pytest.mark.parametrize(("name", "starts_anew"), [("eager", True), ("dali", False)])
+def test_only_a_loader_that_starts_anew_is_waited_for_in_every_epoch(name, starts_anew):
+    loader = planned_loader(TrainConfig(batch_size=4, loader=name, device="cpu"), synthetic(8), 2)
+    assert (Window(loader, 1).first_wait > 0) == starts_anew
+
+
 def test_a_window_goes_on_where_it_was_over_the_end_of_an_epoch():
     class Loader:
+        starts_anew = False
+
         def epoch(self, number):
             return iter([(number, 0), (number, 1), (number, 2)])
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,11 +26,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastres.config import TrainConfig
 from fastres.data.datasets import Split
+from fastres.data.plan import training_plan
 from fastres.errors import Interrupted, RunError, UserError
-from fastres.models import MODELS
-from fastres.training.checkpoint import read_checkpoint, write_atomically
+from fastres.models import MODELS, create_model
+from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
+from fastres.training.checkpoint import read_checkpoint, save_weights, write_atomically
 from fastres.training.run import Run, best_row, resolve
 from tests.conftest import tiny_model
+from tests.data.test_loaders import reference
 
 SETTINGS = {"model": "vgg11", "dataset": "folder", "epochs": 3, "batch_size": 20, "lr": 0.02, "device": "cpu"}
 
@@ -66,11 +71,45 @@ def test_what_a_run_leaves(finished, arrays):
     assert summary["test_loss"] == pytest.approx(best["test_loss"], rel=1e-6)
     assert summary["best_epoch"] == best["epoch"]
     assert summary["last_accuracy"] == pytest.approx(history["test_accuracy"].iloc[-1])
-    assert summary["epoch_seconds"] == pytest.approx(history["epoch_seconds"].median())
+    for name in ("epoch_seconds", "images_per_second"):
+        assert summary[name] == pytest.approx(history[name].median())
+    np.testing.assert_allclose(history["images_per_second"] * history["epoch_seconds"], 60)
+    assert summary["train_seconds"] == pytest.approx(history["epoch_seconds"].sum())
+    wait = history["data_wait_seconds"].sum() / history["epoch_seconds"].sum()
+    assert summary["data_wait_fraction"] == pytest.approx(wait)
+    (right_dark, _), (_, right_bright) = summary["confusion_matrix"]
+    assert summary["per_class_accuracy"] == {"dark": 10 * right_dark, "bright": 10 * right_bright}
+    assert 100 < summary["peak_memory_mb"] < 10_000
     assert summary["params_millions"] == pytest.approx(1.450e-3, abs=1e-6)
     for name in ("device", "loader", "amp", "channels_last", "compile", "fused", "seed", "versions", "commit"):
         assert name in summary
     assert len(load_file(run.folder / "best.safetensors")) == len(run.trainer.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"seed": 3}, {"augmentation": "crop-flip-cutout"}, {"batch_size": 25}, {"batch_size": 25, "drop_last": False}],
+    ids=str,
+)
+def test_a_run_shows_the_plan_of_its_settings(settings, arrays, tmp_path):
+    run = start(arrays, tmp_path / "run", **settings)
+    config = run.config
+    plan = training_plan(config.seed, 1, 60, config.augmentation)
+    batches = list(run.train_loader.epoch(1))
+    shown = 60 - 60 % config.batch_size if config.drop_last else 60
+    assert [len(labels) for _, labels in batches[:-1]] == [config.batch_size] * (len(batches) - 1)
+    images = torch.cat([images for images, _ in batches])
+    np.testing.assert_allclose(images, reference(arrays, arrays.train, plan)[:shown], atol=2e-6)
+    torch.manual_seed(config.seed)
+    torch.testing.assert_close(run.trainer.model.state_dict(), create_model("vgg11", 2).state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("loader", ["dali", "eager"])
+def test_a_run_is_made_of_what_was_asked_for(fused, loader, arrays, tmp_path):
+    run = start(arrays, tmp_path / "run", fused=fused, loader=loader)
+    assert type(run.trainer.model[1]) is (BatchNormReLU2d if fused else EagerBatchNormReLU2d)
+    assert type(run.train_loader).__name__ == {"dali": "DaliLoader", "eager": "EagerLoader"}[loader]
 
 
 def test_tensorboard_has_the_history(finished, arrays):
@@ -85,6 +124,8 @@ def test_tensorboard_has_the_history(finished, arrays):
 RESUMED_SETTINGS = [
     {"amp": "off", "loader": "dali", "augmentation": "crop-flip"},
     {"amp": "bf16", "loader": "eager", "augmentation": "crop-flip-cutout"},
+    pytest.param({"device": "cuda", "amp": "fp16"}, marks=pytest.mark.gpu),
+    pytest.param({"device": "cuda", "cuda_graphs": False}, marks=pytest.mark.gpu),
 ]
 
 
@@ -107,7 +148,8 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("settings", RESUMED_SETTINGS)
-def test_a_run_stopped_by_signals_ends_bit_identically(settings, arrays, tmp_path):
+def test_a_run_stopped_by_signals_ends_bit_identically(settings, arrays, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     start(arrays, tmp_path / "whole", **settings).fit()
 
     stops = iter([0, 15, 0, 0, 2, 0, 0, 0, 0, 0])  # within the first epoch, and at the last step of the second
@@ -185,8 +227,26 @@ def test_a_killed_run_loses_fewer_steps_than_asked(last_step, saved_step, arrays
     assert read_checkpoint(tmp_path / "run")["step"] == saved_step
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(arrays, tmp_path):
-    run = start(arrays, tmp_path / "run", schedule="constant", warmup_epochs=0.0)
+def test_minutes_between_checkpoints(arrays, tmp_path, monkeypatch):
+    minutes = itertools.count()  # one more at every look at the clock
+    clock = SimpleNamespace(monotonic=lambda: 60 * next(minutes), perf_counter=time.perf_counter)
+    monkeypatch.setattr("fastres.training.run.time", clock)
+    run = start(arrays, tmp_path / "run", epochs=4, checkpoint_every=4, checkpoint_minutes=4)
+    saved, save = [], run._save
+    run._save = lambda epoch=None: saved.append(epoch and (epoch.number, epoch.steps)) or save(epoch)
+    run.fit()
+    assert saved == [None, (1, 1), (2, 2), (3, 3), None]  # every fourth step, of three an epoch
+
+
+def test_the_last_epoch_is_saved(arrays, tmp_path):
+    run = start(arrays, tmp_path / "run", epochs=4, checkpoint_every=3)
+    run.fit()
+    assert len(read_checkpoint(run.folder)["history"]) == 4
+
+
+@pytest.mark.parametrize("settings", [{}, {"checkpoint_steps": 1}], ids=str)
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(settings, arrays, tmp_path):
+    run = start(arrays, tmp_path / "run", schedule="constant", **settings)
     train_epoch = run.trainer.train_epoch
 
     def poisoned(loader, epoch, after_step):
@@ -201,7 +261,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(arrays,
     ):
         run.fit()
     state = read_checkpoint(run.folder)
-    assert len(state["history"]) == 1
+    assert (len(state["history"]), state["step"]) == (1, 3)
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
@@ -315,15 +375,27 @@ def test_an_atomic_write_that_fails_keeps_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-class Hostile:
-    def __reduce__(self):
-        return (pytest.fail, ("code ran while a checkpoint was opened",))
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process")
+@pytest.mark.parametrize("name", ["last.pt", "best.safetensors"])
+def test_a_full_disk_keeps_the_old_file(name, finished):
+    run, _ = finished
+    path = run.folder / name
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(RunError, match=rf"{name}: cannot be written \(.*make room, then --resume"):
+            run._save() if name == "last.pt" else save_weights(run.trainer.model, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert not list(run.folder.glob("*.tmp"))
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"hello", pickle.dumps({"format": "fastres checkpoint 2"}), pickle.dumps(Hostile())],
-    ids=["empty", "text", "pickle", "hostile"],
+    [b"", b"hello", pickle.dumps({"format": "fastres checkpoint 2"})],
+    ids=["empty", "text", "pickle"],
 )
 def test_what_is_no_checkpoint(content, tmp_path):
     path = tmp_path / "last.pt"
@@ -347,29 +419,6 @@ def test_a_compressed_checkpoint_is_refused(finished):
         else:
             with pytest.raises(UserError, match="not a checkpoint"):
                 read_checkpoint(path)
-
-
-def test_a_damaged_checkpoint_is_refused_or_read_as_it_was(finished):
-    run, _ = finished
-    path = run.folder / "last.pt"
-    content, state = path.read_bytes(), read_checkpoint(path)
-    draw = random.Random(0)
-    refused = 0
-    for case in range(200):
-        damaged = bytearray(content)
-        if case % 4 == 0:
-            del damaged[draw.randrange(len(damaged)) :]
-        else:
-            damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            again = read_checkpoint(path)
-        except UserError:
-            refused += 1
-        else:  # the flip hit padding
-            assert again["history"] == state["history"]
-            torch.testing.assert_close(again["model"], state["model"], rtol=0, atol=0)
-    assert refused > 50
 
 
 def test_flipped_bits_in_the_best_weights_are_noticed(finished):
@@ -460,6 +509,15 @@ def test_a_checkpoint_that_does_not_fit(damage, message, saved_within_an_epoch, 
     with pytest.raises(UserError, match=r"--resume .*again: last.pt does not fit this run \(.*" + message) as error:
         start(arrays, tmp_path / "again", saved_within_an_epoch)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.gpu
+def test_a_checkpoint_with_another_random_state_of_cuda(arrays, tmp_path):
+    settings = {"device": "cuda", "epochs": 1}
+    start(arrays, tmp_path / "run", **settings).fit()
+    checkpoint = read_checkpoint(tmp_path / "run") | {"cuda_rng": ["x"]}
+    with pytest.raises(UserError, match="cuda_rng is str instead of a strided uint8"):
+        start(arrays, tmp_path / "run", checkpoint, **settings)
 
 
 def test_a_checkpoint_of_another_training_set(saved_within_an_epoch, arrays, tmp_path):

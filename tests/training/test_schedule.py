@@ -51,5 +51,6 @@ def test_warm_up_rises_linearly_to_the_peak(schedule):
 def test_onecycle_peaks_at_three_tenths_and_ends_near_zero():
     values = factors("onecycle")
     assert values.index(max(values)) == round(0.3 * EPOCHS * STEPS)
-    assert values[0] == pytest.approx(1 / 25, abs=0.05)
+    rise = 0.3 * EPOCHS * STEPS
+    assert values[0] == pytest.approx(1 / 25 + 24 / 25 / (rise + 1))
     assert 0 < values[-1] < 0.05

@@ -11,6 +11,7 @@ from fastres.errors import RunError
 from fastres.models import create_model
 from fastres.training import trainer as trainer_module
 from fastres.training.baseline import StudyLoop
+from fastres.training.schedule import lr_factor
 from fastres.training.trainer import Epoch, Trainer, enough_memory
 
 SETTINGS = {"device": "cpu", "amp": "off", "compile": False, "schedule": "constant", "warmup_epochs": 0.0, "lr": 0.05}
@@ -131,11 +132,20 @@ def test_a_compiled_model_trains_alike():
     torch.compiler.reset()
     batches = random_batches([8, 8, 5])
     compiled, plain = (make_trainer(batches, compile=flag) for flag in (True, False))
+    assert compiled.forward is compiled.predict is not compiled.model
+    assert plain.forward is plain.predict is plain.model
     for trainer in (compiled, plain):
         trainer.warm_up()
         train_epoch(trainer, batches)
     torch.testing.assert_close(compiled.model.state_dict(), plain.model.state_dict(), rtol=1e-4, atol=1e-5)
     assert compiled.evaluate(batches, 0).loss == pytest.approx(plain.evaluate(batches, 0).loss, rel=1e-4)
+
+
+def test_the_compilers_mode_is_the_one_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options["mode"]) or model)
+    make_trainer(random_batches([8]), compile=True, compile_mode="max-autotune")
+    assert asked == ["max-autotune"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -182,18 +192,29 @@ def test_evaluation_leaves_the_model_as_it_is():
     torch.testing.assert_close(trainer.model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_the_schedule_moves_at_every_step():
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        ("multistep", {"milestones": (1, 2), "warmup_epochs": 0.4}),
+        ("cosine", {"warmup_epochs": 1.0}),
+        ("onecycle", {"warmup_epochs": 0.0}),
+    ],
+)
+def test_every_step_has_its_rate_of_the_schedule(schedule, options):
     batches = random_batches([4] * 5)
-    trainer = make_trainer(batches, schedule="cosine", epochs=2)
+    trainer = make_trainer(batches, epochs=3, schedule=schedule, **options)
     seen = []
-    train_epoch(trainer, batches, 0, lambda: seen.append(trainer.optimizer.param_groups[0]["lr"]))
-    assert len(set(seen)) == 5
-    assert train_epoch(trainer, batches, 1).lr < seen[-1]
+    for number in range(3):
+        epoch = train_epoch(trainer, batches, number, lambda: seen.append(trainer.optimizer.param_groups[0]["lr"]))
+        assert epoch.lr == seen[-1]
+    factor = lr_factor(schedule, epochs=3, steps_per_epoch=5, **options)
+    assert seen == pytest.approx([0.05 * factor(step) for step in range(15)])
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_precision_and_layout_reach_the_model(amp, channels_last):
+@pytest.mark.parametrize("loop", [Trainer, StudyLoop])
+def test_precision_and_layout_reach_the_model(loop, amp, channels_last):
     class Probe(nn.Module):
         def __init__(self):
             super().__init__()
@@ -205,7 +226,9 @@ def test_precision_and_layout_reach_the_model(amp, channels_last):
 
     batches = random_batches([4])
     trainer = make_trainer(batches, Probe(), amp=amp, channels_last=channels_last)
-    train_epoch(trainer, batches)
+    if loop is StudyLoop:
+        trainer = StudyLoop(trainer.model, trainer.config, trainer.device)
+    trainer.train_epoch(batches, Epoch.begin(0, trainer.device))
     out = trainer.model.out
     assert out.dtype == (torch.bfloat16 if amp == "bf16" else torch.float32)
     assert out.is_contiguous(memory_format=torch.channels_last) == channels_last

@@ -1,6 +1,5 @@
 """What batch_norm_relu computes, in plain PyTorch."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,8 +17,9 @@ def batch_norm_relu(
     eps: float = 1e-5,
     relu: bool = True,
 ) -> Tensor:
-    """The same arguments and result as `fastres.ops.batch_norm_relu`, one PyTorch operator after another."""
+    """The same arguments and result as `fastres.ops.batch_norm_relu`, one PyTorch operator after another, the last two
+    in place, as in torchvision's models."""
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
-        y = y + residual
-    return torch.relu(y) if relu else y
+        y += residual
+    return F.relu(y, inplace=True) if relu else y
