@@ -27,6 +27,8 @@ results: setup
 setup: .venv/ready
 
 .venv/ready: pyproject.toml setup.py $(wildcard csrc/*)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \
+		'fastres needs Python 3.11 or later: name one with make PYTHON=python3.12 ...')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" ninja "torch>=2.11" torchvision
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dali,dev]"

@@ -89,7 +89,8 @@ def profile_table(profile: Content) -> str:
 def training_table(contents: list[Content]) -> str:
     """Whole runs, each with its command; best is best on the test set unless the summary says otherwise."""
     rows = []
-    for run in sorted((content for content in contents if "summary" in content), key=lambda run: run["command"]):
+    runs = [content for content in contents if "summary" in content]
+    for run in sorted(runs, key=lambda run: run["command"].split("python", 1)[1]):
         summary = run["summary"]
         rows.append(
             [

@@ -34,7 +34,7 @@ def plot_curves(folder: Path, title: str) -> Path:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    accuracy.legend(frameon=False, loc="lower right")
+    accuracy.legend(frameon=False)
     figure.suptitle(title)
     path = folder / "curves.png"
     figure.savefig(path, dpi=150)

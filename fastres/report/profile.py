@@ -121,16 +121,24 @@ def plot_profile(folder: Path) -> Path:
         *((f"{name} loader alone", rate) for name, rate in result["loader_alone_images_per_second"].items()),
     ]
     for i, (name, rate) in enumerate(rates):
-        ceilings.barh(i, rate, color="tab:blue" if name in ("eager", "fastres") else "0.75")
-        ceilings.annotate(f"{rate:,.0f}", (rate, i), (4, 0), textcoords="offset points", va="center")
+        ceilings.plot(rate, i, "o", color="tab:blue" if name in ("eager", "fastres") else "0.5")
+        ceilings.annotate(f"{rate:,.0f}", (rate, i), (7, 0), textcoords="offset points", va="center")
     ceilings.set_yticks(range(len(rates)), [name for name, _ in rates])
     ceilings.set(
-        xlabel="images/s", xscale="log", xlim=(0.5 * min(rate for _, rate in rates), 9 * max(rate for _, rate in rates))
+        xlabel="images/s",
+        xscale="log",
+        xlim=(0.5 * min(rate for _, rate in rates), 12 * max(rate for _, rate in rates)),
     )
+    ceilings.margins(y=0.1)
+    ceilings.grid(axis="x", alpha=0.3)
     for axes in (epochs, ceilings):
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{result['model']}, batch {result['batch_size']}, {result['device']}", fontsize="medium")
+    figure.suptitle(
+        f"{result['model']}, {result['images_per_epoch']:,} {result['dataset']} images an epoch, batch "
+        f"{result['batch_size']}, {result['device']}, {result['date']}",
+        fontsize="medium",
+    )
     path = folder / "profile.png"
     figure.savefig(path, dpi=150)
     plt.close(figure)

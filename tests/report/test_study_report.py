@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from fastres.errors import UserError
-from fastres.report.study import write_report
+from fastres.report import study_plots
+from fastres.report.study import first_to, read_results, write_report
 
 ACCURACIES = {  # test accuracy of each epoch, in percent
     "vgg": {0: [70, 81, 88, 92, 93, 91], 1: [72, 83, 89, 90, 95, 94]},
@@ -165,6 +166,29 @@ def test_the_scale_is_everywhere(report_of, tmp_path):
     line = "Scaled down: 10 % of the epochs and 25 % of the training images; changed on the command line: device cpu"
     assert f"**{line}**" in report
     assert f'<div class="scale">{line}</div>' in (tmp_path / "report.html").read_text()
+
+
+def test_a_target_counts_as_reached_with_every_seed(report_of, study, tmp_path):
+    report_of()
+    results = read_results(tmp_path, study)
+    assert first_to(results, 92.5) == "92.5 % is reached first by VGG-16, after 10.0 s of training."
+    assert first_to(results, 94) is None  # with one of two seeds
+
+
+def test_figures_show_what_was_measured(report_of, study, tmp_path):
+    report_of()
+    results = read_results(tmp_path, study)
+    confused, *_ = study_plots.confusion(results, "").axes
+    assert [text.get_text() for text in confused.texts] == ["90.0", "10.0", "20.0", "80.0"]
+    (axes,) = study_plots.pareto(results, "").axes
+    vgg, resnet, front = (line.get_xydata().tolist() for line in axes.lines)
+    means = [sum(seeds) / 2 for seeds in zip(*ACCURACIES["vgg"].values(), strict=True)]
+    assert vgg == [[2.0 * epoch, accuracy] for epoch, accuracy in enumerate(means, 1)]
+    best, expected = 0.0, []
+    for seconds, accuracy in sorted(vgg + resnet):
+        best = max(best, accuracy)
+        expected.append([seconds, best])
+    assert front == expected
 
 
 def test_a_run_that_is_not_there(report_of, tmp_path):
