@@ -7,7 +7,7 @@
 # long is noted in steps.txt, and the next begins. What no time is left for is noted, too: called again with the same
 # FOLDER, the script does what has not come to its end yet, and what has been deleted from steps.txt. PYTHON names the
 # interpreter that fastres is installed for, BUDGET the seconds for all of it, DATA a folder with CIFAR-10 as
-# train/<class>/ and test/<class>/ (digits otherwise). QUICK=1 takes tiny sizes, to try the script itself, also where
+# train/<class>/ and test/<class>/ (digits otherwise) and LABEL what the tables call it. QUICK=1 takes tiny sizes, to try the script itself, also where
 # there is no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -15,6 +15,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # also where the extension was only built in place
 BUDGET=${BUDGET:-520}
+LABEL=${LABEL:-$([[ ${DATA:-} ]] && echo "CIFAR-10 (JPEG q75)" || echo digits)}
 if nvidia-smi -L >/dev/null 2>&1; then
     machine=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -cs 'A-Za-z0-9\n' -)
 else
@@ -70,6 +71,7 @@ profile() { # NAME SECONDS MODEL BATCH FLAG...
 
 train() { # MODEL
     step "train-$1" 150 "$PYTHON" -m fastres.train --model "$1" "${training[@]}" --output-dir "$out/train-$1"
+    [[ -f $out/train-$1/summary.json ]] && "$PYTHON" benchmarks/keep_run.py "$out/train-$1" "$LABEL" "$out/train-$1.json"
 }
 
 parallel=()

@@ -12,9 +12,16 @@ import pytest
 from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, over_recipe
 
 ROOT = Path(__file__).parents[1]
-specification = importlib.util.spec_from_file_location("render", ROOT / "benchmarks/render.py")
-render = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(render)
+
+
+def script(name):
+    specification = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+render, keep_run = script("render"), script("keep_run")
 
 VERSIONS = {"torch": "2.11.0"}
 
@@ -189,13 +196,21 @@ def test_the_gpu_script_repeats_what_ran_into_its_limit_and_what_was_deleted(run
     assert steps[9:] == ["gpu-tests: exit code 0", "operator: exit code 0"]
 
 
-def test_runs_are_shown_with_their_command():
+def test_runs_are_kept_and_shown_with_their_command(tmp_path):
     summary = {
         "best_accuracy": 90.333, "last_accuracy": 89.5, "epoch_seconds": 48.37, "images_per_second": 309.6,
         "data_wait_fraction": 0.0027, "device": "Some CPU", "versions": VERSIONS, "commit": "0123456789",
+        "command": "python -m fastres.train --data-dir /home/me/x --output-dir=/home/me/y --lr 1",
+        "date": "2026-01-02 03:04",
     }  # fmt: skip
-    run = {"command": "python -m fastres.train", "data": "digits", "date": "2026-01-02 03:04", "summary": summary}
-    row = "| `python -m fastres.train` | digits | 90.33 / 89.50 % | 48.4 | 310 | 0.3 % | Some CPU, 2026-01-02, "
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "config.json").write_text(json.dumps({"data_dir": "/home/me/x", "lr": 1.0}))
+    (tmp_path / "history.csv").write_text("epoch,lr\n1,0.5\n")
+    run = keep_run.kept(tmp_path, "digits")
+    assert run["config"] == {"data_dir": None, "output_dir": None, "lr": 1.0}
+    assert run["history"] == [{"epoch": 1, "lr": 0.5}]
+    command = "python -m fastres.train --data-dir DIR --lr 1"
+    row = f"| `{command}` | digits | 90.33 / 89.50 % | 48.4 | 310 | 0.3 % | Some CPU, 2026-01-02, "
     assert row in render.render(readme("training"), [run])
 
 

@@ -3,6 +3,7 @@
 import json
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -277,6 +278,8 @@ class Run:
             "world_size": distributed.world_size(),
             **{name: getattr(config, name) for name in ENGINE},
             "seed": config.seed,
+            "command": shlex.join(["python", *sys.orig_argv[1:]]),
+            "date": f"{datetime.now():%Y-%m-%d %H:%M}",
             "versions": versions(),
             "commit": commit(),
         }

@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +84,8 @@ def test_what_a_run_leaves(finished, arrays):
     assert summary["params_millions"] == pytest.approx(1.450e-3, abs=1e-6)
     for name in ("device", "loader", "amp", "channels_last", "compile", "fused", "seed", "versions", "commit"):
         assert name in summary
+    assert "pytest" in summary["command"]
+    assert (datetime.now() - datetime.fromisoformat(summary["date"])).total_seconds() < 600
     assert len(load_file(run.folder / "best.safetensors")) == len(run.trainer.model.state_dict())
 
 
