@@ -7,13 +7,12 @@ RUN is the run's folder, DATA says what it was trained on, and FILE is to lie in
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from fastres.config import read_json
+from fastres.config import Parser, read_json
 from fastres.errors import UserError
 
 
@@ -32,10 +31,12 @@ def kept(run: Path, data: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
-        sys.exit("keep_run.py RUN DATA FILE: needs these three")
+    parser = Parser("keep_run.py", description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("data")
+    parser.add_argument("file", type=Path)
+    given = parser.parse_args()
     try:
-        Path(sys.argv[3]).write_text(json.dumps(kept(Path(sys.argv[1]), sys.argv[2]), indent=1) + "\n")
+        given.file.write_text(json.dumps(kept(given.run, given.data), indent=1) + "\n")
     except (OSError, UserError) as error:
-        print(f"keep_run.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(str(error))

@@ -6,19 +6,17 @@ A table NAME replaces what stands between ``<!-- results:NAME -->`` and ``<!-- /
 that measured the same thing on the same machine, the newest counts.
 """
 
-import json
 import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastres.config import as_flag, read_json
+from fastres.config import as_flag, as_json, read_json
 from fastres.errors import UserError
 from fastres.profile import ProfileConfig
-from fastres.report.study import Results, one_of_each_model, read_results, scale_line, table
+from fastres.report.study import one_of_each_model, read_results, scale_line, table
 
 Content = dict[str, Any]
 
@@ -73,7 +71,7 @@ def profile_table(profile: Content) -> str:
         for row in profile["variants"]
     ]
     head = ["", "s/epoch", "p20 to p80", "images/s", "x eager", "data wait", "peak MiB", "of the limit"]
-    defaults = json.loads(json.dumps(asdict(ProfileConfig()) | {"model": None}, default=str))
+    defaults = as_json(ProfileConfig()) | {"model": None}  # which is always shown
     settings = {name: value for name, value in profile["config"].items() if name not in ("output_dir", "trace")}
     flags = [as_flag(name, value) for name, value in settings.items() if value != defaults[name]]
     caption = (
@@ -174,7 +172,7 @@ def study_table(contents: list[Content]) -> str:
                     f"{published:.2f}" if published else "",
                     *(result.estimate(metric).text() for metric in ("best_accuracy", "last_accuracy")),
                     result.estimate("epoch_seconds").text(1),
-                    f"{times_eager(result):.1f}" if result.eager and result in compared else "",
+                    f"{result.times_eager:.1f}" if result.eager and result in compared else "",
                 ]
             )
         summary = results[0].summaries[0]
@@ -185,12 +183,6 @@ def study_table(contents: list[Content]) -> str:
         )
     head = ["run", "published best, %", "best, %", "last, %", "s/epoch", "x eager"]
     return "\n\n".join([table(head, rows), "\n".join(f"* {caption}" for caption in captions)])
-
-
-def times_eager(result: Results) -> float:
-    """How many times as many images a second as eager PyTorch's."""
-    assert result.eager is not None
-    return result.estimate("images_per_second").mean / result.eager["images_per_second"]
 
 
 TABLES: dict[str, Callable[[list[Content]], str]] = {

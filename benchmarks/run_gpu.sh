@@ -7,8 +7,8 @@
 # long is noted in steps.txt, and the next begins. What no time is left for is noted, too: called again with the same
 # FOLDER, the script does what has not come to its end yet, and what has been deleted from steps.txt. PYTHON names the
 # interpreter that fastres is installed for, BUDGET the seconds for all of it, DATA a folder with CIFAR-10 as
-# train/<class>/ and test/<class>/ (digits otherwise) and LABEL what the tables call it. QUICK=1 takes tiny sizes, to try the script itself, also where
-# there is no GPU.
+# train/<class>/ and test/<class>/ (digits otherwise) and LABEL what the tables call it. QUICK=1 takes tiny sizes, to
+# try the script itself, also where there is no GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

@@ -157,7 +157,7 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON has them: paths are strings, tuples lists. ``from_json`` reads them back."""
-        return json.loads(json.dumps(asdict(self), default=str))
+        return as_json(self)
 
     @classmethod
     def from_json(cls, values: Any, source: object) -> "TrainConfig":
@@ -343,6 +343,11 @@ def add_flags(
             help=f"{item.metadata['help']} (default: {default or in_words(item.default)})",
             **options,
         )
+
+
+def as_json(settings: Any) -> dict[str, Any]:
+    """A dataclass of settings as JSON has them: paths are strings, tuples lists."""
+    return json.loads(json.dumps(asdict(settings), default=str))
 
 
 def as_flag(name: str, value: Any) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fastres.config import ENGINE, Parser, TrainConfig, add_flags, flag
+from fastres.config import ENGINE, Parser, TrainConfig, add_flags, as_json, flag
 from fastres.data.datasets import DATASETS, Dataset, load_dataset, synthetic
 from fastres.data.plan import AUGMENTATIONS
 from fastres.errors import UserError
@@ -182,7 +182,7 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
         "model_alone": rows[-1],
         "loader_alone_images_per_second": loader_alone,
         "left_out": left_out,
-        "config": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()},
+        "config": as_json(config),
         "versions": versions(),
         "commit": commit(),
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",

@@ -71,6 +71,12 @@ class Results:
     def model(self) -> str:
         return self.summaries[0]["model"]
 
+    @property
+    def times_eager(self) -> float:
+        """How many times as many images a second as eager PyTorch, which trained the model, too."""
+        assert self.eager is not None
+        return self.estimate("images_per_second").mean / self.eager["images_per_second"]
+
     def seconds_to(self, accuracy: float) -> list[float]:
         """Seconds of training to the end of the first epoch with that test accuracy (%), of the seeds that reach it."""
         seconds = []
@@ -249,12 +255,11 @@ def cost_table(results: list[Results]) -> str:
         ]
         if eager:
             assert result.eager is not None
-            ratio = result.estimate("images_per_second").mean / result.eager["images_per_second"]
             row += [
                 f"{result.eager['epoch_seconds']:,.2f}",
                 rate(Estimate.of([result.eager["images_per_second"]])),
                 f"{result.eager['peak_memory_mb']:,.0f}",
-                f"{ratio:.2f} x",
+                f"{result.times_eager:.2f} x",
             ]
         if published:
             row += [f"{result.published['epoch_seconds']:.2f}" if "epoch_seconds" in result.published else ""]
@@ -380,7 +385,7 @@ def eager_finding(result: Results) -> str:
     ours = Estimate.of([result.estimate("images_per_second").mean])
     eager = Estimate.of([result.eager["images_per_second"]])
     return (
-        f"fastres trains {result.model} at {rate(ours)} images/s, {ours.mean / eager.mean:.1f} times the {rate(eager)} "
+        f"fastres trains {result.model} at {rate(ours)} images/s, {result.times_eager:.1f} times the {rate(eager)} "
         "of eager PyTorch on the same machine."
     )
 

@@ -3,6 +3,7 @@
 import torch
 
 from fastres.errors import UserError
+from fastres.ops.batch_norm_relu import extension_error
 from fastres.training.distributed import local_device, world_size
 from fastres.training.memory import keep_freed_memory
 
@@ -24,12 +25,11 @@ def choose_device(name: str) -> tuple[torch.device, str]:
 
 def check_extension() -> None:
     """Raises UserError where the fused operator's CPU kernels do not import."""
-    try:
-        import fastres._C  # noqa: F401
-    except ImportError as error:
+    if extension_error:
         raise UserError(
-            f"the C++ extension of fastres does not import ({error}): build it with `make setup`, or take --no-fused"
-        ) from error
+            f"the C++ extension of fastres does not import ({extension_error}): build it with `make setup`, or take "
+            "--no-fused"
+        ) from extension_error
 
 
 def choose_amp(name: str, device: torch.device) -> tuple[str, str]:

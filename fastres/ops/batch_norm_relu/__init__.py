@@ -196,13 +196,16 @@ def _cuda_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
 library.impl("batch_norm_relu", _cuda_forward, "CUDA")
 library.impl("batch_norm_relu_backward", _cuda_backward, "CUDA")
 
+extension_error: ImportError | None = None
 try:
     import fastres._C  # noqa: F401
 except ImportError as error:
-    reason = error
+    extension_error = error
 
     def _not_built(*_args: object) -> None:
-        raise RuntimeError("the C++ extension of fastres is needed on the CPU: build it with `make setup`") from reason
+        raise RuntimeError(
+            "the C++ extension of fastres is needed on the CPU: build it with `make setup`"
+        ) from extension_error
 
     library.impl("batch_norm_relu", _not_built, "CPU")
     library.impl("batch_norm_relu_backward", _not_built, "CPU")
