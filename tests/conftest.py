@@ -1,6 +1,7 @@
 """Fixtures that many tests share: tiny images, as arrays and as files, and the command line in this process."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fastres.data.datasets import Dataset, Split, folder
 from fastres.models import MODELS
 
 torch.set_num_threads(2)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script's background jobs would ignore
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

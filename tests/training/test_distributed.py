@@ -24,7 +24,7 @@ from fastres.training.checkpoint import read_checkpoint
 from fastres.training.run import Run, resolve
 from fastres.training.trainer import Epoch
 from tests.conftest import CommandLine
-from tests.training.test_run import assert_same_run
+from tests.training.conftest import assert_same_run
 
 JOINT = 2  # processes
 
