@@ -269,6 +269,19 @@ def over_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**recipe_defaults(recipe, model), **given}
 
 
+def check_effect(given: Mapping[str, Any]) -> None:
+    """Raises UserError for a flag among those ``given`` for a new run that would change nothing."""
+    settings = over_recipe(given)
+    schedule = settings.get("schedule", TrainConfig.schedule)
+    for name, acts, needed in (
+        ("milestones", schedule == "multistep", "--schedule multistep"),
+        ("warmup_epochs", schedule != "constant", "another --schedule than constant"),
+        ("compile_mode", settings.get("compile"), "--compile"),
+    ):
+        if given.get(name) and not acts:
+            raise UserError(f"{as_flag(name, given[name])}: has no effect without {needed}")
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage, and exits with code 2. Flags are written out."""
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, over_recipe, read_json
+from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, check_effect, over_recipe, read_json
 from fastres.data.datasets import Dataset, Track, load_dataset
 from fastres.errors import Interrupted, UserError
 from fastres.report.plots import plot_curves
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if evaluate:
                     evaluate_run(evaluate, given, console)
                 else:
+                    if not resume:
+                        check_effect(given)
                     train(given, resume, console)
         except UserError as error:
             print(f"{parser.prog}: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
