@@ -270,7 +270,7 @@ def over_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_effect(given: Mapping[str, Any]) -> None:
-    """Raises UserError for a flag among those ``given`` for a new run that would change nothing."""
+    """Raises UserError for a flag among those ``given`` for a new run that needs another one to change anything."""
     settings = over_recipe(given)
     schedule = settings.get("schedule", TrainConfig.schedule)
     for name, acts, needed in (
@@ -279,7 +279,7 @@ def check_effect(given: Mapping[str, Any]) -> None:
         ("compile_mode", settings.get("compile"), "--compile"),
     ):
         if given.get(name) and not acts:
-            raise UserError(f"{as_flag(name, given[name])}: has no effect without {needed}")
+            raise UserError(f"{as_flag(name, given[name])}: needs {needed}")
 
 
 class Parser(argparse.ArgumentParser):

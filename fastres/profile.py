@@ -89,7 +89,8 @@ class ProfileConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 2 for bad input, 130 for an interrupt."""
+    """Runs the command line and returns its exit code: 0, 1 for too little memory, 2 for bad input, 130 for an
+    interrupt."""
     parser = Parser("python -m fastres.profile", description=__doc__)
     add_flags(parser, ProfileConfig)
     distributed.refuse(parser)

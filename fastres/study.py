@@ -24,7 +24,7 @@ from fastres.data.datasets import MINI_CIFAR10_CLASSES, Dataset, load_dataset
 from fastres.errors import Interrupted, UserError
 from fastres.models import create_model
 from fastres.report.plots import plot_curves
-from fastres.report.study import write_report
+from fastres.report.study import read_summary, write_report
 from fastres.roofline import forward_macs
 from fastres.studies import RunDefinition, Study, list_studies, load_study
 from fastres.train import RESUMABLE, configure, prepare, signals_noted
@@ -327,7 +327,7 @@ def execute(run: PlannedRun, advance: Callable[[float], None]) -> dict[str, Any]
         process.join()
     if not run.finished:
         raise UserError(f"{run.folder}: the run ended with exit code {process.exitcode}; mend it and add --resume")
-    return read_json(run.folder / "summary.json")
+    return read_summary(run.folder)
 
 
 def _train(given: dict[str, Any], resume: Path | None, sender: Connection) -> None:
@@ -360,8 +360,7 @@ def print_estimate(planned: list[PlannedRun], console: Console) -> None:
     rate_of = attrgetter(*RATE)
     for run in planned:
         if run.finished:
-            summary = read_json(run.folder / "summary.json")
-            rates[rate_of(run.config)] = summary["images_per_second"], "finished run"
+            rates[rate_of(run.config)] = read_summary(run.folder)["images_per_second"], "finished run"
     table = Table(title=f"{len(planned)} runs", title_justify="left")
     for header in ("run", "epochs", "images", "about", "from"):
         table.add_column(header, justify="left" if header in ("run", "from") else "right")

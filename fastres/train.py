@@ -11,7 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, check_effect, over_recipe, read_json
+from fastres.config import (
+    DATASET_DEFAULTS,
+    ENGINE,
+    Parser,
+    TrainConfig,
+    add_flags,
+    check_effect,
+    over_recipe,
+    read_json,
+)
 from fastres.data.datasets import Dataset, Track, load_dataset
 from fastres.errors import Interrupted, UserError
 from fastres.report.plots import plot_curves
@@ -21,11 +30,12 @@ from fastres.training.checkpoint import read_checkpoint
 from fastres.training.hardware import tune_libraries
 from fastres.training.run import Row, Run, resolve
 
-# what may differ between a checkpoint and the run that goes on from it
+# what may differ between a checkpoint and the run that goes on from it, and between a run and its evaluation
 RESUMABLE = {
     "data_dir", "device", "loader", "workers", "compile", "compile_mode", "cuda_graphs", "epochs",
     "eval_batch_size", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps",
 }  # fmt: skip
+EVALUABLE = {"data_dir", "device", "workers", "eval_batch_size", *ENGINE}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if rank == 0:
                 print(f"{parser.prog}: {stop}", file=sys.stderr)
             return stop.exit_code
+        except KeyboardInterrupt:  # before there was anything to save
+            print(f"{parser.prog}: interrupted", file=sys.stderr)
+            return 130
     return 0
 
 
@@ -95,7 +108,9 @@ def choose(
     load = partial(load_dataset, track=tracked(console))
     if resume:
         checkpoint = read_checkpoint(resume)
-        return *configure(resumed_settings(checkpoint["config"], given, resume), console, load), checkpoint
+        config = TrainConfig.from_json(checkpoint["config"], f"--resume {resume}")
+        folder = resume if resume.is_dir() else resume.parent
+        return *configure(settings_of_run(folder, config, given, RESUMABLE), console, load), checkpoint
     restart, most_restarts = distributed.restarts()
     if most_restarts and "output_dir" not in given:
         raise UserError("--output-dir: needed with torchrun's --max-restarts, so that a restart finds its run")
@@ -104,7 +119,8 @@ def choose(
     if not restart or not (config.output_dir / "last.pt").exists():
         return config, dataset, None
     checkpoint = read_checkpoint(config.output_dir)
-    resumed_settings(checkpoint["config"], vars(config), config.output_dir)  # or it is another run's
+    saved = TrainConfig.from_json(checkpoint["config"], config.output_dir)
+    settings_of_run(config.output_dir, saved, vars(config), RESUMABLE)  # or it is another run's
     console.print(f"restart {restart} of {most_restarts}: goes on from {config.output_dir / 'last.pt'}")
     return config, dataset, checkpoint
 
@@ -144,14 +160,15 @@ def signals_noted() -> Iterator[Callable[[], int]]:
                 signal.signal(number, handler)
 
 
-def resumed_settings(saved: Any, given: dict[str, Any], resume: Path) -> dict[str, Any]:
-    """The settings of a checkpoint, with those ``given`` that may change in the middle of a run."""
-    config = TrainConfig.from_json(saved, f"--resume {resume}")
+def settings_of_run(folder: Path, config: TrainConfig, given: dict[str, Any], may_differ: set[str]) -> dict[str, Any]:
+    """The settings ``config`` of the run in ``folder``, where it is now, with those ``given``.
+
+    Raises UserError where one of them differs that must not.
+    """
     for name, value in given.items():
-        if name not in RESUMABLE and value != getattr(config, name):
+        if name not in may_differ and value != getattr(config, name):
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {value}: {resume} is a run with {getattr(config, name)}; leave the flag off")
-    folder = resume if resume.is_dir() else resume.parent
+            raise UserError(f"{flag} {value}: {folder} is a run with {getattr(config, name)}; leave the flag off")
     return {**vars(config), **given, "output_dir": folder}
 
 
@@ -176,7 +193,7 @@ def finished_run(
         recorded = float(summary["test_loss"]), float(summary["best_accuracy"])
     except (UserError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--eval {folder}: not the folder of a finished run ({error})") from error
-    settings = {**vars(saved), **given, "output_dir": folder}  # where it is now
+    settings = settings_of_run(folder, saved, given, EVALUABLE)
     return *configure(settings, console, partial(load_dataset, track=tracked(console))), recorded
 
 

@@ -56,7 +56,14 @@ def test_resume_goes_on_where_the_run_stopped(command_line, flags, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "warmup_epochs"),
-    [([], 1.0), (["--epochs", 1], 0.5), (["--schedule", "onecycle"], 0.0), (["--warmup-epochs", 0.25], 0.25)],
+    [
+        ([], 1.0),
+        (["--epochs", 1], 0.5),
+        (["--schedule", "onecycle"], 0.6),
+        (["--schedule", "onecycle", "--warmup-epochs", 0], 0.0),
+        (["--schedule", "constant"], 0.0),
+        (["--warmup-epochs", 0.25], 0.25),
+    ],
 )
 def test_warm_up_fits_the_run(arguments, warmup_epochs, command_line, flags, tmp_path):
     assert command_line(*flags, *arguments) == 0
@@ -114,9 +121,9 @@ def test_help_groups_the_flags(command_line):
         (["--epochs", "1", "--warmup-epochs", "1"], "--warmup-epochs 1.0: must be less than --epochs 1"),
         (["--warmup-epochs", "2"], "--warmup-epochs 2.0: must be less than --epochs 2"),
         (["--warmup-epochs", "-1"], "--warmup-epochs -1.0: must not be negative"),
-        (["--milestones", "1"], "--milestones 1: has no effect without --schedule multistep"),
-        (["--recipe", "study-a", "--warmup-epochs", "1"], "--warmup-epochs 1: has no effect without another --sched"),
-        (["--compile-mode", "max-autotune"], "--compile-mode max-autotune: has no effect without --compile"),
+        (["--milestones", "1"], "--milestones 1: needs --schedule multistep"),
+        (["--recipe", "study-a", "--warmup-epochs", "1"], "--warmup-epochs 1: needs another --schedule"),
+        (["--compile-mode", "max-autotune"], "--compile-mode max-autotune: needs --compile"),
         (["--zero-gamma"], "--zero-gamma: vgg11 has no residual blocks"),
         (["--amp", "fp16"], "--amp fp16: needs a GPU"),
         (["--classes", "dark,cow"], "--classes: .* has no cow; it has bright, dark"),
@@ -186,6 +193,24 @@ def test_resume_of_another_model(command_line, flags, tmp_path):
         (["--lr", "0.5"], "--lr 0.5: .* is a run with 0.02"),
     ):
         assert re.search(message, command_line.one_line("--resume", tmp_path / "run", *arguments))
+        assert re.search(message, command_line.one_line("--eval", tmp_path / "run", *arguments))
+
+
+def test_fewer_epochs_than_are_done(command_line, flags, tmp_path):
+    assert command_line(*flags, "--epochs", 3) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    message = command_line.one_line("--resume", tmp_path / "run", "--epochs", 2)
+    assert "--epochs 2: the run is past that already; --eval" in message
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_ctrl_c_before_training(command_line, flags, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastres.train.load_dataset", interrupted)
+    assert command_line(*flags) == 130
+    assert command_line.err == "python -m fastres.train: interrupted\n"
 
 
 @pytest.mark.parametrize(

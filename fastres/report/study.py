@@ -19,9 +19,22 @@ import pandas as pd
 from fastres.config import read_json
 from fastres.errors import UserError
 from fastres.report import study_plots
+from fastres.training.checkpoint import check_history
 
 TARGETS = (80, 85, 90)  # % of test accuracy, that the time to is reported
 FIRST_EPOCHS = 5  # the early part of a run that Study A compares
+SUMMARY: dict[Any, tuple[str, ...]] = {  # what a report tells of a run, by type
+    str: ("model", "dataset", "best_selected_on", "device", "loader", "amp"),
+    str | None: ("commit",),
+    bool: ("channels_last", "compile", "cuda_graphs", "fused"),
+    int: ("num_classes", "train_images", "test_images", "epochs", "seed"),
+    int | float: (
+        "best_accuracy", "last_accuracy", "test_loss", "epoch_seconds", "images_per_second", "train_seconds",
+        "params_millions", "peak_memory_mb",
+    ),
+    dict: ("per_class_accuracy", "versions"),
+    list: ("confusion_matrix",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,18 +127,40 @@ def read_results(folder: Path, study: dict[str, Any]) -> list[Results]:
                 label=run["label"],
                 published=run["published"],
                 forward_gflop=run["forward_gflop"],
-                histories=[pd.read_csv(folder / name / "history.csv") for name in run["folders"]],
+                histories=[read_history(folder / name) for name in run["folders"]],
                 summaries=[read_summary(folder / name) for name in run["folders"]],
                 eager=read_summary(folder / run["eager_folder"]) if run["eager_folder"] else None,
             )
             for run in study["runs"]
         ]
     except (OSError, ValueError, UserError) as error:
-        raise UserError(f"{folder}: the study's runs are not all there ({error}); add --resume to do them") from error
+        raise UserError(
+            f"{folder}: the study's runs are not all there and whole ({error}); delete damaged ones and add --resume"
+        ) from error
+
+
+def read_history(folder: Path) -> pd.DataFrame:
+    """A run's history.csv. Raises OSError, or ValueError for what is none."""
+    path = folder / "history.csv"
+    try:
+        history = pd.read_csv(path)
+        check_history(history.to_dict("records"), validated=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return history
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "summary.json")
+    """A run's summary.json. Raises UserError where it lacks what a study tells of it."""
+    path = folder / "summary.json"
+    summary = read_json(path)
+    if not isinstance(summary, dict):
+        raise UserError(f"{path}: holds no summary")
+    for kind, names in SUMMARY.items():
+        for name in names:
+            if name not in summary or not isinstance(summary[name], kind):
+                raise UserError(f"{path}: has no proper {name}; is it of another version of fastres?")
+    return summary
 
 
 def draw(folder: Path, study: dict[str, Any], results: list[Results]) -> dict[str, str]:
@@ -415,7 +450,7 @@ def provenance(study: dict[str, Any], results: list[Results]) -> str:
         f"{key.replace('_', '-')} {of_all(key)}" for key in ("amp", "channels_last", "compile", "cuda_graphs", "fused")
     )
     versions = ", ".join(
-        dict.fromkeys(f"{name} {s['versions'][name]}" for name in first["versions"] for s in summaries)
+        dict.fromkeys(f"{name} {number}" for summary in summaries for name, number in summary["versions"].items())
     )
     return "\n".join(
         f"- {line}"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +36,7 @@ from fastres.training.hardware import (
     choose_cuda_graphs,
     choose_device,
 )
+from fastres.training.schedule import ONECYCLE_RISE
 from fastres.training.trainer import Epoch, Evaluation, Trainer
 
 Row = dict[str, Any]
@@ -68,7 +69,8 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
     output_dir = config.output_dir or Path("runs") / f"{config.model}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
     warmup_epochs = config.warmup_epochs
     if warmup_epochs is None:
-        warmup_epochs = 0.0 if config.schedule == "onecycle" else min(1.0, config.epochs / 2)
+        by_schedule = {"constant": 0.0, "onecycle": ONECYCLE_RISE * config.epochs}
+        warmup_epochs = by_schedule.get(config.schedule, min(1.0, config.epochs / 2))
     chosen = replace(
         config,
         warmup_epochs=warmup_epochs,
@@ -102,21 +104,14 @@ class Run:
         validation: Split | None = None
         if config.val_fraction:
             dataset, validation = dataset.hold_out(config.val_fraction, config.seed)
-        self.dataset = dataset
-        device = distributed.local_device(config.device)
-        self.train_loader = self._loader(
-            dataset.train,
-            device,
-            partial(training_plan, config.seed, num_images=len(dataset.train), augmentation=config.augmentation),
-            config.batch_size,
-            config.drop_last,
-        )
-        self.test_loader = self._evaluation_loader(dataset.test, device)
-        self.validation_loader = self._evaluation_loader(validation, device) if validation else None
+        self.dataset, self.device = dataset, distributed.local_device(config.device)
+        self.test_loader = self._evaluation_loader(dataset.test)
+        self.validation_loader = self._evaluation_loader(validation) if validation else None
 
         torch.manual_seed(config.seed)
         model = create_model(config.model, len(dataset.classes), config.zero_gamma, config.fused, config.sync_bn)
-        self.trainer = Trainer(model, config, device, len(dataset.classes), len(self.train_loader))
+        steps = steps_per_epoch(config, len(dataset.train))
+        self.trainer = Trainer(model, config, self.device, len(dataset.classes), steps)
         if distributed.rank() > 0:
             torch.manual_seed(config.seed + distributed.rank())  # every process has dropout of its own
         self.history: list[Row] = []
@@ -127,6 +122,15 @@ class Run:
         if checkpoint is not None:
             self.epoch = restore(checkpoint, self.trainer)
             self.history = checkpoint["history"]
+        if len(self.history) + bool(self.epoch) > config.epochs:
+            raise UserError(f"--epochs {config.epochs}: the run is past that already; --eval {self.folder} tests it")
+
+    @cached_property
+    def train_loader(self) -> Loader:
+        """Made when it is needed, since it decodes every image of a folder."""
+        config, images = self.config, len(self.dataset.train)
+        plan = partial(training_plan, config.seed, num_images=images, augmentation=config.augmentation)
+        return self._loader(self.dataset.train, plan, config.batch_size, config.drop_last)
 
     def fit(
         self,
@@ -287,7 +291,6 @@ class Run:
     def _loader(
         self,
         split: Split,
-        device: torch.device,
         plan_of_epoch: Callable[[int], EpochPlan],
         batch_size: int,
         drop_last: bool,
@@ -302,13 +305,13 @@ class Run:
             batch_size=share,
             mean=self.dataset.mean,
             std=self.dataset.std,
-            device=device,
+            device=self.device,
             workers=self.config.workers,
         )
 
-    def _evaluation_loader(self, split: Split, device: torch.device) -> Loader:
+    def _evaluation_loader(self, split: Split) -> Loader:
         plan = evaluation_plan(len(split))
-        return self._loader(split, device, lambda epoch: plan, self.config.eval_batch_size, drop_last=False)
+        return self._loader(split, lambda epoch: plan, self.config.eval_batch_size, drop_last=False)
 
 
 def best_row(history: list[Row]) -> Row:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 ONECYCLE_START = 1 / 25  # of the peak; as torch's OneCycleLR
-ONECYCLE_PEAK = 0.3  # part of the run that rises, unless warm-up is given
+ONECYCLE_RISE = 0.3  # part of the run that rises, unless the warm-up is given
 
 
 def lr_factor(
@@ -19,13 +19,11 @@ def lr_factor(
 
     All but ``constant`` first rise linearly over ``warmup_epochs``. Then ``multistep`` divides by 10 at each of the
     ``milestones`` (epochs), ``cosine`` falls as half a cosine to 0 at the end of the run (Loshchilov & Hutter 2016,
-    arXiv:1608.03983, without restarts), and ``onecycle`` falls linearly to 0 after a rise from 1/25 over the first 30%
-    of the run (Smith & Topin 2017, arXiv:1708.07120).
+    arXiv:1608.03983, without restarts), and ``onecycle``, which rises from 1/25, falls linearly to 0 (Smith & Topin
+    2017, arXiv:1708.07120).
     """
     total = epochs * steps_per_epoch
     warmup = warmup_epochs * steps_per_epoch
-    if schedule == "onecycle" and not warmup:
-        warmup = ONECYCLE_PEAK * total
     start = ONECYCLE_START if schedule == "onecycle" else 0.0
 
     def factor(step: int) -> float:

@@ -27,11 +27,14 @@ def write_run(folder, model, accuracies, seconds):
     pd.DataFrame(
         {
             "epoch": epochs,
+            "lr": 0.1,
             "train_loss": [2 / epoch for epoch in epochs],
             "train_accuracy": accuracies,
             "test_loss": [2.5 / epoch for epoch in epochs],
             "test_accuracy": accuracies,
             "epoch_seconds": seconds,
+            "images_per_second": IMAGES / seconds,
+            "data_wait_seconds": 0.0,
         }
     ).to_csv(folder / "history.csv", index=False)
     summary = {
@@ -194,6 +197,23 @@ def test_figures_show_what_was_measured(report_of, study, tmp_path):
 def test_a_run_that_is_not_there(report_of, tmp_path):
     shutil.rmtree(tmp_path / "resnet-seed1")
     with pytest.raises(UserError, match=r"not all there .*resnet-seed1.*add --resume"):
+        report_of()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.json", "[]", "holds no summary"),
+        ("summary.json", "{}", "has no proper model; is it of another version"),
+        ("summary.json", '{"model": 3}', "has no proper model"),
+        ("history.csv", "", "No columns"),
+        ("history.csv", "epoch,test_accuracy\n1,50", "no proper row of epoch 1"),
+    ],
+)
+def test_a_run_that_is_damaged(name, content, message, report_of, tmp_path):
+    report_of()
+    (tmp_path / "vgg-seed0" / name).write_text(content)
+    with pytest.raises(UserError, match=rf"vgg-seed0/{name}: .*{message}.*; delete damaged ones and add --resume"):
         report_of()
 
 

@@ -48,9 +48,9 @@ def test_warm_up_rises_linearly_to_the_peak(schedule):
     assert steps == pytest.approx([steps[0]] * len(steps))
 
 
-def test_onecycle_peaks_at_three_tenths_and_ends_near_zero():
-    values = factors("onecycle")
-    assert values.index(max(values)) == round(0.3 * EPOCHS * STEPS)
-    rise = 0.3 * EPOCHS * STEPS
+def test_onecycle_peaks_after_its_rise_and_ends_near_zero():
+    values = factors("onecycle", warmup_epochs=3.0)
+    rise = 3 * STEPS
+    assert values.index(max(values)) == rise
     assert values[0] == pytest.approx(1 / 25 + 24 / 25 / (rise + 1))
     assert 0 < values[-1] < 0.05
