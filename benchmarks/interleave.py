@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from fastres.training.trainer import record
+from fastres.training.trainer import capture
 
 GPU_BYTES = 2**30  # many times what a GPU's cache holds, and so much that its start takes a small part of the time
 
@@ -44,7 +44,7 @@ def kernels_alone(run: Callable[[], object], pool: object = None) -> Callable[[]
     """
     if not torch.cuda.is_available():
         return run
-    graph, _ = record(run, pool)
+    graph, _ = capture(run, pool)
     return graph.replay
 
 

@@ -74,7 +74,7 @@ def main(path: Path) -> None:
             if own.once:
                 continue
             forward, backward, sets = passes(channels, size)
-            # on a CPU a candidate is no recording, and would run with the last tiling
+            # on a CPU a candidate is no CUDA graph, and would run with the last tiling
             tried = tilings(own, rows, channels) if DEVICE == "cuda" else [own]
             candidates = {}
             pool = torch.cuda.graph_pool_handle() if DEVICE == "cuda" else None

@@ -101,13 +101,13 @@ class TrainConfig:
     )
     compile_mode: str = flag(
         "Engine",
-        "of torch.compile; reduce-overhead and max-autotune record CUDA graphs of their own, of the model alone",
+        "of torch.compile; reduce-overhead and max-autotune capture CUDA graphs of their own, of the model alone",
         "default",
         COMPILE_MODES,
     )
     cuda_graphs: bool | None = flag(
         "Engine",
-        "record the whole training step, compiled or not, as a CUDA graph, so that the GPU need not wait for Python; "
+        "capture the whole training step, compiled or not, as a CUDA graph, so that the GPU need not wait for Python; "
         "auto: on CUDA, in a single process",
         None,
     )

@@ -92,13 +92,13 @@ class DaliLoader:
         columns = {  # name: dtype, ndim and layout of a sample
             "images": (types.UINT8, 3, "HWC"),
             "labels": (types.INT64, 0, None),
+            "crop": (types.INT32, 1, None),
+            "flip": (types.INT32, 0, None),
+            "cutout": (types.FLOAT, 1, None),
         }
-        if plan.crop is not None:
-            columns["crop"] = (types.INT32, 1, None)
-        if plan.flip is not None:
-            columns["flip"] = (types.INT32, 0, None)
-        if plan.cutout is not None:
-            columns["cutout"] = (types.FLOAT, 1, None)
+        for name, column in vars(plan).items():
+            if column is None:
+                del columns[name]
         dtypes, ndims, layouts = zip(*columns.values(), strict=True)
 
         # The source must not refer to this loader: in a cycle of references the pipeline would outlive it, until the

@@ -41,7 +41,7 @@ class EpochPlan:
     def __len__(self) -> int:
         return len(self.order)
 
-    def share(self, rank: int, processes: int, batch_size: int, drop_last: bool = False) -> "EpochPlan":
+    def shard(self, rank: int, processes: int, batch_size: int, drop_last: bool = False) -> "EpochPlan":
         """What process ``rank`` of ``processes`` shows: a contiguous part of every batch of ``batch_size`` images.
 
         The parts of a batch differ by one image at most. ``drop_last`` leaves out a last batch that is smaller.

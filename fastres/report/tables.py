@@ -20,7 +20,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         (
             "warm-up",
             f"{summary['warm_up_seconds']:.1f} s",
-            ", ".join(word for word, key in (("compiled", "compile"), ("recorded", "cuda_graphs")) if summary[key]),
+            ", ".join(word for word, key in (("compiled", "compile"), ("captured", "cuda_graphs")) if summary[key]),
         ),
         ("images/s", f"{summary['images_per_second']:,.0f}", "median"),
         ("data wait", f"{100 * summary['data_wait_fraction']:.1f} %", "of the epochs' time"),

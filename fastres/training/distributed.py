@@ -86,7 +86,7 @@ def local_device(kind: str) -> torch.device:
     return torch.device(kind, torch.cuda.current_device())
 
 
-def largest_share(number: int) -> int:
+def largest_shard(number: int) -> int:
     """What ``number`` things, shared out evenly, are for the process that gets most of them."""
     return -(-number // world_size())
 

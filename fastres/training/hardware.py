@@ -7,7 +7,7 @@ from fastres.ops.batch_norm_relu import extension_error
 from fastres.training.distributed import local_device, world_size
 from fastres.training.memory import keep_freed_memory
 
-RECORDING_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile: they record CUDA graphs
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile: they capture CUDA graphs
 COMPILE_STEPS = 2000  # a run shorter than this may not win back the minute that compiling takes
 
 
@@ -62,10 +62,10 @@ def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> tup
 
 
 def choose_cuda_graphs(wanted: bool | None, device: torch.device, compile_mode: str | None) -> tuple[bool, str]:
-    """Whether to record the training step, if that can be done here; ``compile_mode`` is None without torch.compile."""
+    """Whether to capture the training step, if possible here; ``compile_mode`` is None without torch.compile."""
     if device.type == "cpu":
         return False, "CPU"
-    if compile_mode in RECORDING_MODES:
+    if compile_mode in GRAPH_MODES:
         return False, f"--compile-mode {compile_mode} has its own"
     if world_size() > 1:
         return False, "several processes"

@@ -119,7 +119,7 @@ def first_batch(config: TrainConfig, dataset: Dataset) -> Batch:
 
 def warm_up(variant: Variant, dataset: Dataset) -> float:
     """Takes the first step, which compiles and tunes, a second under the eyes of the allocator, in which the compiler
-    may record, and a third; returns its seconds. fastres records its step before that one: a replay allocates
+    may capture, and a third; returns its seconds. fastres captures its step before that one: a replay allocates
     nothing."""
     step = Resident(first_batch(variant.config, dataset), 1)
     start = time.perf_counter()

@@ -295,14 +295,14 @@ class Run:
         batch_size: int,
         drop_last: bool,
     ) -> Loader:
-        """A loader of this process's share of every batch of ``batch_size`` images."""
-        share = distributed.largest_share(batch_size)
+        """A loader of this process's shard of every batch of ``batch_size`` images."""
+        size = distributed.largest_shard(batch_size)
         rank, processes = distributed.rank(), distributed.world_size()
         return create_loader(
             self.config.loader,
             split,
-            lambda epoch: plan_of_epoch(epoch).share(rank, processes, share * processes, drop_last),
-            batch_size=share,
+            lambda epoch: plan_of_epoch(epoch).shard(rank, processes, size * processes, drop_last),
+            batch_size=size,
             mean=self.dataset.mean,
             std=self.dataset.std,
             device=self.device,
@@ -332,7 +332,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """What torch had reserved on CUDA, recordings included; of the process's resident memory on the CPU."""
+    """What torch had reserved on CUDA, CUDA graphs included; of the process's resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

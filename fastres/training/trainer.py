@@ -35,7 +35,7 @@ def enough_memory(flag: str, size: int) -> Iterator[None]:
         while not isinstance(cause, torch.OutOfMemoryError | MemoryError) and CPU_OUT_OF_MEMORY not in str(cause):
             if cause is None:
                 raise
-            cause = cause.__context__  # a recording that is broken off raises another error
+            cause = cause.__context__  # a capture that is broken off raises another error
         mend = f"try {flag} {size // 2}" if size > 1 else "take a smaller --model"
         raise RunError(f"{flag} {size}: out of memory; {mend}") from error
 
@@ -123,7 +123,7 @@ def compiled(model: nn.Module, config: TrainConfig) -> Callable[..., torch.Tenso
     return torch.compile(model, dynamic=False, mode=config.compile_mode) if config.compile else model
 
 
-def record(run: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+def capture(run: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
     """``run`` as a CUDA graph, after a few runs, and what it returned. Graphs of one ``pool`` share memory."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -132,19 +132,19 @@ def record(run: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGra
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    gc.collect()  # a recording that died in the midst of another would spoil it
+    gc.collect()  # a graph that died in the midst of a capture would spoil it
     # in the threads of a loader CUDA may be called meanwhile
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         results = run()
     return graph, results
 
 
-def recorded(step: Step, images: torch.Tensor, labels: torch.Tensor) -> Step:
+def captured(step: Step, images: torch.Tensor, labels: torch.Tensor) -> Step:
     """``step`` as one CUDA graph, for batches like ``images`` and ``labels``, which it keeps.
 
     What it returns is overwritten by its next call.
     """
-    graph, results = record(lambda: step(images, labels))
+    graph, results = capture(lambda: step(images, labels))
 
     def replay(new_images: torch.Tensor, new_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         images.copy_(new_images)
@@ -159,7 +159,7 @@ class Trainer:
     """SGD on ``model`` as ``config`` says, which ``resolve`` has left no ``auto`` in.
 
     The model is moved to the device and its memory format in place. In a job of several processes each trains on its
-    share of every batch, and the step is that of the whole batch.
+    shard of every batch, and the step is that of the whole batch.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Trainer:
         self.predict = self.forward = compiled(self.model, config)
         if distributed.world_size() > 1:
             self.forward = compiled(DistributedDataParallel(self.model), config)
-        self.replay: Step | None = None  # the recorded step
+        self.replay: Step | None = None  # of the step as a CUDA graph
         self.waits: list[tuple[Mark, Mark]] = []  # for batches, which are not settled yet
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -196,7 +196,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
 
     def warm_up(self) -> float:
-        """Compiles or records, if so configured, and lets libraries choose their kernels: steps and an evaluation of
+        """Compiles or captures, if so configured, and lets libraries choose their kernels: steps and an evaluation of
         noise.
 
         Weights, statistics, optimizer and random state stay as they are. Returns the seconds that it took.
@@ -210,27 +210,27 @@ class Trainer:
             with enough_memory("--eval-batch-size", self.config.eval_batch_size):
                 self._warm_up(self.config.eval_batch_size, training=False)
         for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)  # in place, where a recording finds it
+            tensor.copy_(value)  # in place, where a graph finds it
         self.scaler.load_state_dict(scaler)
         self.synchronize()
         return time.perf_counter() - start
 
     def _warm_up(self, batch_size: int, training: bool) -> None:
-        size = distributed.largest_share(batch_size)
+        size = distributed.largest_shard(batch_size)
         images, labels = self._to_device(torch.randn(size, 3, 32, 32), torch.zeros(size, dtype=torch.int64))
         self.model.train(training)
         if not training:
             with torch.no_grad(), self._autocast():
                 self.predict(images)
         elif self.config.cuda_graphs:
-            self.replay = recorded(self._step, images, labels)
+            self.replay = captured(self._step, images, labels)
         else:
             self._step(images, labels)
 
     def train_epoch(self, loader: Loader, epoch: Epoch, after_step: Callable[[], None] = lambda: None) -> None:
         """Trains on the rest of ``epoch``, bringing it up to date, and calls ``after_step`` after each step.
 
-        The host never waits for the device inside, unless the loader is far ahead of it. The clock stands still in
+        The host never waits for the device inside, unless it is several batches ahead of it. The clock stands still in
         ``after_step``, which is expected to ``settle`` the epoch if it does more than look.
         """
         self.model.train()
@@ -240,7 +240,7 @@ class Trainer:
         start, asked = time.perf_counter(), self._mark()
         for images, labels in loader.epoch(epoch.number, epoch.steps):
             self.waits.append((asked, self._mark()))
-            last = epoch.steps + 1 == steps  # the only step whose batch may have unequal shares
+            last = epoch.steps + 1 == steps  # the only step whose batch may have unequal shards
             weight = self._weight(len(labels)) if last else 1.0
             epoch.lr = self._set_lr(epoch.number * self.steps_per_epoch + epoch.steps)
             with enough_memory("--batch-size", self.config.batch_size):
@@ -302,8 +302,8 @@ class Trainer:
 
     def _weight(self, images: int) -> float:
         """Of this process's mean loss over ``images``, so that the mean of all is that over the images of all."""
-        shares = distributed.gather(images)
-        return images * len(shares) / sum(shares)
+        sizes = distributed.gather(images)
+        return images * len(sizes) / sum(sizes)
 
     @torch.no_grad()
     def evaluate(self, loader: Loader, epoch: int) -> Evaluation:
@@ -337,7 +337,7 @@ class Trainer:
             torch.cuda.synchronize(self.device)
 
     def _autocast(self) -> torch.autocast:
-        # nothing is cast twice in a step, and a recording must not hold what a cache would give it
+        # nothing is cast twice in a step, and a graph must not hold what a cache would give it
         return torch.autocast(
             self.device.type, AMP_DTYPES[self.config.amp], enabled=self.config.amp != "off", cache_enabled=False
         )

@@ -61,9 +61,9 @@ def test_evaluation_shows_the_images_as_they_are():
     per_process=st.integers(1, 20),
     drop_last=st.booleans(),
 )
-def test_shares_make_up_the_plan_batch_by_batch(images, processes, per_process, drop_last):
+def test_shards_make_up_the_plan_batch_by_batch(images, processes, per_process, drop_last):
     plan, batch_size = training_plan(0, 0, images, "crop-flip-cutout"), processes * per_process
-    shares = [plan.share(rank, processes, batch_size, drop_last) for rank in range(processes)]
+    shards = [plan.shard(rank, processes, batch_size, drop_last) for rank in range(processes)]
     starts = [0] * processes
     shown = images - images % batch_size if drop_last else images
     for first in range(0, shown, batch_size):
@@ -71,10 +71,10 @@ def test_shares_make_up_the_plan_batch_by_batch(images, processes, per_process, 
         # what a loader takes of each: the next per_process rows
         parts = [slice(start, start + per_process) for start in starts]
         starts = [part.stop for part in parts]
-        sizes = [len(share.order[part]) for share, part in zip(shares, parts, strict=True)]
+        sizes = [len(shard.order[part]) for shard, part in zip(shards, parts, strict=True)]
         assert max(sizes) - min(sizes) <= 1
         assert sizes == sorted(sizes, reverse=True)
         for name, column in vars(plan).items():
-            joined = [getattr(share, name)[part] for share, part in zip(shares, parts, strict=True)]
+            joined = [getattr(shard, name)[part] for shard, part in zip(shards, parts, strict=True)]
             np.testing.assert_array_equal(np.concatenate(joined), column[batch])
-    assert sum(map(len, shares)) == shown
+    assert sum(map(len, shards)) == shown

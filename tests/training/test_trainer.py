@@ -235,41 +235,41 @@ def test_precision_and_layout_reach_the_model(loop, amp, channels_last):
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
 
 
-def test_a_recording_is_for_whole_batches_and_keeps_the_schedule(monkeypatch):
+def test_a_graph_is_for_whole_batches_and_keeps_the_schedule(monkeypatch):
     replayed = []
 
-    def record(step, images, labels):  # a replay would do what the step does, with its learning rate
+    def capture(step, images, labels):  # a replay would do what the step does, with its learning rate
         step(images, labels)
         return lambda *batch: replayed.append(len(batch[1])) or step(*batch)
 
-    monkeypatch.setattr(trainer_module, "recorded", record)
+    monkeypatch.setattr(trainer_module, "captured", capture)
     batches = random_batches([8, 8, 5])
-    recording, plain = (
+    capturing, plain = (
         make_trainer(batches, batch_size=8, cuda_graphs=flag, schedule="cosine", epochs=2) for flag in (True, False)
     )
-    lr = recording.optimizer.param_groups[0]["lr"]
-    recording.warm_up()
-    train_epoch(recording, batches)
+    lr = capturing.optimizer.param_groups[0]["lr"]
+    capturing.warm_up()
+    train_epoch(capturing, batches)
     assert replayed == [8, 8]
-    assert recording.optimizer.param_groups[0]["lr"] is lr  # which a graph goes on reading
+    assert capturing.optimizer.param_groups[0]["lr"] is lr  # which a graph goes on reading
     assert train_epoch(plain, batches).lr == pytest.approx(lr.item())
-    recording.evaluate(batches, 0)
+    capturing.evaluate(batches, 0)
     assert replayed == [8, 8]
-    torch.testing.assert_close(recording.model.state_dict(), plain.model.state_dict(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(capturing.model.state_dict(), plain.model.state_dict(), rtol=1e-6, atol=1e-7)
 
 
-def test_running_out_of_memory_names_the_batch_size_also_from_within_a_recording():
-    def step(recording):
+def test_running_out_of_memory_names_the_batch_size_also_from_within_a_capture():
+    def step(capturing):
         try:
             raise torch.OutOfMemoryError("CUDA out of memory")
         finally:
-            if recording:
+            if capturing:
                 raise RuntimeError("the capture was broken off")
 
-    for recording in (True, False):
+    for capturing in (True, False):
         message = "--batch-size 8: out of memory; try --batch-size 4"
         with pytest.raises(RunError, match=message), enough_memory("--batch-size", 8):
-            step(recording)
+            step(capturing)
     with pytest.raises(ValueError, match="another"), enough_memory("--batch-size", 8):
         raise ValueError("another error")
     with pytest.raises(RuntimeError, match="another"), enough_memory("--batch-size", 8):
@@ -322,7 +322,7 @@ def test_training_in_cuda_graphs_is_training(settings, amp, tolerance, monkeypat
 
 
 @pytest.mark.gpu
-def test_a_recording_draws_new_dropout_at_every_step():
+def test_a_graph_draws_new_dropout_at_every_step():
     ((images, labels),) = random_batches([8]).batches
     trainer = make_trainer(
         random_batches([8]),
