@@ -1,8 +1,8 @@
 """The limit of a training step: the model's own arithmetic and traffic over the machine's own rates.
 
 Williams, Waterman & Patterson, "Roofline: an insightful visual performance model" (2009): a kernel takes the longer of
-its arithmetic at the rate of a large matrix product and its traffic at that of a large copy. No kernel computes faster;
-one whose tensors are still in a cache may read faster.
+its arithmetic at the rate of a large matrix product and its traffic at that of a large copy. One may be faster that
+needs fewer operations, like Winograd's convolution, or whose tensors are still in a cache.
 """
 
 import time

@@ -308,8 +308,9 @@ def cost_notes(results: list[Results]) -> str:
         f"An epoch is {images:,} training images on {device}; seconds are the median epoch's, training alone.",
         "A multiply-add is two operations; GFLOP are of one image's convolutions and linear layers.",
     ]
-    if "thread" in device:
-        notes.append("Peak memory is the process's resident memory, Python and its libraries included.")
+    on_cpu = "Peak memory is the process's resident memory, Python and its libraries included, a loader's workers not."
+    on_gpu = "Peak memory is what PyTorch reserved on the GPU; DALI's own is not in it."
+    notes.append(on_cpu if "thread" in device else on_gpu)
     if any("epoch_seconds" in result.published for result in results):
         notes.append("Published seconds are of the original's own epoch and machine.")
     if results[0].eager:
