@@ -5,11 +5,16 @@ import json
 import os
 import re
 import subprocess
+import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, over_recipe
+from fastres.data.datasets import synthetic
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +26,8 @@ def script(name):
     return module
 
 
-render, keep_run = script("render"), script("keep_run")
+sys.path.append(str(ROOT / "benchmarks"))  # as pytest does for what is there
+render, keep_run, interleave = script("render"), script("keep_run"), script("interleave")
 
 VERSIONS = {"torch": "2.11.0"}
 
@@ -119,14 +125,87 @@ def test_benchmarks_are_shown_by_what_they_measured():
     )
 
 
-def test_each_device_is_shown():
-    step = {
+def step(seconds):
+    return {
         "what": "step", "model": "vgg16", "batch_size": 32, "times_as_long": {"eager": {"p50": 1.0}},
-        "seconds": {"eager": {"p50": 0.1}, "fastres": {"p50": 0.1}},
+        "seconds": {"eager": {"p50": seconds}, "fastres": {"p50": seconds}},
     }  # fmt: skip
-    contents = [benchmarks(("test_step[vgg16]", step), gpu=gpu) for gpu in (None, "H100", "H200")]
+
+
+def test_each_device_is_shown():
+    contents = [benchmarks(("test_step[vgg16]", step(0.1)), gpu=gpu) for gpu in (None, "H100", "H200")]
     text = render.render(readme("steps"), contents)
     assert re.findall(r"^\| (.+?) \| `vgg16`", text, re.M) == ["Some CPU", "H100", "H200"]
+
+
+def test_a_loader_is_shown_with_the_device_that_it_feeds():
+    contents = [
+        benchmarks(
+            *(
+                (
+                    f"test_loader[arrays-{device}]",
+                    {
+                        "what": "loader",
+                        "images": "arrays",
+                        "device": device,
+                        "images_per_second": {"eager": {"p50": 1.0}, "dali": {"p50": 2.0}},
+                        "times_as_long": {"eager": {"p50": 2.0}},
+                    },
+                )
+                for device in ("cpu", "cuda")
+            ),
+            gpu="H100",
+        )
+    ]
+    text = render.render(readme("loaders"), contents)
+    assert re.findall(r"^\| (.+?) \| arrays", text, re.M) == ["Some CPU", "H100"]
+
+
+def test_the_newest_benchmark_is_shown():
+    contents = [
+        benchmarks(("test_step[vgg16]", step(seconds))) | {"datetime": f"2026-0{month}-01T00:00:00"}
+        for month, seconds in ((2, 0.1), (1, 0.9))
+    ]
+    text = render.render(readme("steps"), contents)
+    assert "100.0" in text
+    assert "900.0" not in text
+
+
+def test_each_batch_size_is_shown():
+    profiles = [profile("2026-02-01 10:00", 4.0) | {"batch_size": size} for size in (32, 128)]
+    text = render.render(readme("profile"), profiles)
+    assert re.findall(r"an epoch, batch (\d+)", text) == ["32", "128"]
+
+
+def test_candidates_take_turns_in_random_order():
+    calls = []
+    seconds = interleave.interleave({name: partial(calls.append, name) for name in "abcd"}, 6)
+    assert calls[:4] == list("abcd")  # to warm up
+    rounds = [calls[start : start + 4] for start in range(4, 28, 4)]
+    assert all(sorted(names) == list("abcd") for names in rounds)
+    assert len(set(map(tuple, rounds))) > 1
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abcd", 6)
+
+
+def test_ratios_are_times_as_long_as_the_reference():
+    seconds = {"fused": np.ones(3), "eager": np.array([2.0, 3.0, 4.0])}
+    assert interleave.ratios(seconds, "fused") == {"eager": {"p20": 2.4, "p50": 3.0, "p80": 3.6, "fastest": 2.0}}
+
+
+def test_the_operator_moves_what_the_roofline_counts():
+    moved = script("test_batch_norm_relu").tensors_moved
+    assert [moved("forward", residual) for residual in (False, True)] == [3, 4]
+    assert [moved("forward+backward", residual) for residual in (False, True)] == [8, 10]  # as in test_roofline.py
+
+
+def test_loaders_are_measured_in_images_a_second(monkeypatch):
+    module, results = script("test_loaders"), {}
+    monkeypatch.setattr(module, "IMAGES", 256)
+    monkeypatch.setattr(module, "ROUNDS", 1)
+    module.test_loader(SimpleNamespace(extra_info=results, pedantic=lambda *_, **__: None), synthetic(256), "cpu")
+    assert all(rate["p50"] > 1 for rate in results["images_per_second"].values())
+    faster = results["images_per_second"]["dali"]["p50"] / results["images_per_second"]["eager"]["p50"]
+    assert results["times_as_long"]["eager"]["p50"] == pytest.approx(faster)
 
 
 @pytest.mark.parametrize(
@@ -196,11 +275,12 @@ def test_the_gpu_script_repeats_what_ran_into_its_limit_and_what_was_deleted(run
     assert steps[9:] == ["gpu-tests: exit code 0", "operator: exit code 0"]
 
 
-def test_runs_are_kept_and_shown_with_their_command(tmp_path):
+@pytest.mark.parametrize("between", [" ", "="])
+def test_runs_are_kept_and_shown_with_their_command(between, tmp_path):
     summary = {
         "best_accuracy": 90.333, "last_accuracy": 89.5, "epoch_seconds": 48.37, "images_per_second": 309.6,
         "data_wait_fraction": 0.0027, "device": "Some CPU", "versions": VERSIONS, "commit": "0123456789",
-        "command": "python -m fastres.train --data-dir /home/me/x --output-dir=/home/me/y --lr 1",
+        "command": f"python -m fastres.train --data-dir{between}/home/me/x --output-dir{between}/home/me/y --lr 1",
         "date": "2026-01-02 03:04",
     }  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))

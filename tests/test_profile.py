@@ -1,5 +1,6 @@
 """The profile from flags to files at a tiny size, how it scales what it measured, and what it advises."""
 
+import io
 import json
 import re
 import sys
@@ -8,13 +9,17 @@ from itertools import pairwise
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from fastres import profile, roofline
+from fastres.config import TrainConfig
 from fastres.models import create_model
 from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
-from fastres.report.profile import advice
+from fastres.report.profile import advice, profile_table
+from fastres.roofline import Machine, limit_seconds, step_kernels
 from fastres.training.baseline import StudyLoop
+from fastres.training.measure import Variant
 from fastres.training.trainer import Trainer
 from tests.conftest import CommandLine
 
@@ -64,6 +69,13 @@ def test_profiles_every_step_on_the_way(command_line, flags, tmp_path):
         assert 3 * weights < row["peak_memory_mb"] < 5 * weights  # they, momentum, gradients, and little at batch 4
     assert set(result["loader_alone_images_per_second"]) == {"eager", "dali"}
 
+    machine = Machine(result["machine"]["flops_per_second"], result["machine"]["bytes_per_second"])
+    with torch.device("meta"):
+        step = limit_seconds(step_kernels(create_model("vgg11", 10), 4, torch.bfloat16), machine)
+    assert result["limit_epoch_seconds"] == pytest.approx(5 * step)
+    rates = f"{machine.flops_per_second / 1e12:.3g} TFLOP/s in torch.bfloat16 products, "
+    assert f"machine: {rates}{machine.bytes_per_second / 1e9:.3g} GB/s in copies" in command_line.out
+
     for name in NAMES:
         assert re.search(rf"^{re.escape(name)} +\d", command_line.out, re.M)
     assert result["advice"] in command_line.out
@@ -76,6 +88,54 @@ def test_profiles_every_step_on_the_way(command_line, flags, tmp_path):
 def test_profiles_a_dataset_of_files(command_line, flags, image_folder):
     assert command_line(*flags, "--dataset", "folder", "--data-dir", image_folder, "--rounds", 1) == 0
     assert "dataset: folder, 60 training images" in command_line.out
+
+
+def test_settings_and_dataset_are_those_of_the_flags(image_folder, tmp_path):
+    config = profile.ProfileConfig(
+        model="vgg13", dataset="folder", data_dir=image_folder, classes=("dark",), augmentation="none", workers=3,
+        device="cpu", output_dir=tmp_path,
+    )  # fmt: skip
+    chosen, dataset, _ = profile.prepare(config)
+    assert (chosen.model, chosen.augmentation, chosen.workers, chosen.output_dir) == ("vgg13", "none", 3, tmp_path)
+    assert dataset.classes == ("dark",)
+    assert chosen.batch_size == 30  # all there are
+    assert profile.prepare(profile.ProfileConfig(images=100, device="cpu"))[0].batch_size == 32
+
+
+def test_figures_are_of_the_median_round():
+    eager, variant = (
+        Variant(name, TrainConfig(), None, epoch_seconds=seconds, wait_seconds=[0.5, 0.5])
+        for name, seconds in (("eager", [8.0, 8.0]), ("fastres", [1.0, 3.0]))
+    )
+    row = profile.row(variant, images=100, limit=0.5, eager=eager)
+    assert (row["images_per_second"], row["times_eager"], row["limit_share"]) == (50, 4, 0.25)
+    assert row["data_wait_fraction"] == 0.25
+    seconds = row["epoch_seconds"]
+    assert (seconds["p20"], seconds["median"], seconds["p80"]) == pytest.approx((1.4, 2, 2.6))
+
+
+def test_the_table_has_every_figure():
+    row = measured("eager", 4.0, 0.031) | {
+        "epoch_seconds": {"median": 4.0, "p20": 3.0, "p80": 5.0}, "times_eager": 1.0, "peak_memory_mb": 1234.5,
+    }  # fmt: skip
+    result = {
+        "model": "vgg16", "dataset": "synthetic", "images_per_epoch": 100, "batch_size": 4, "augmentation": "none",
+        "device": "Some CPU", "rounds": 5, "steps_per_round": 2, "steps_per_epoch": 25, "variants": [row],
+        "model_alone": row | {"name": "model alone"}, "loader_alone_images_per_second": {"dali": 1000.0},
+        "limit_epoch_seconds": 0.5, "limit_images_per_second": 200.0,
+    }  # fmt: skip
+    printed = io.StringIO()
+    Console(file=printed, width=120).print(profile_table(result))
+    lines = [" ".join(line.split()) for line in printed.getvalue().splitlines()]
+    for line in (
+        "vgg16, 100 synthetic images an epoch, batch 4, none, Some CPU",
+        "5 interleaved rounds of 2 of 25 steps, scaled to an epoch",
+        "eager 4.00 3.00 5.00 25 1.00 3.1% 1,234 40.0%",
+        "model alone 4.00 3.00 5.00 25 1.00 40.0%",
+        "dali loader alone 0.10 1,000",
+        "limit (roofline) 0.50 200",
+    ):
+        assert line in lines
 
 
 def test_without_dali_and_bf16_those_steps_are_left_out(command_line, flags, monkeypatch, tmp_path):
@@ -155,12 +215,22 @@ def measured(name, seconds, wait=0.0, **engine):
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([measured("eager", 9.0), measured("fastres", 2.0)], "keep the defaults: data wait is 0.0%"),
+        (
+            [measured("eager", 9.0), measured("fastres", 2.0)],
+            "keep the defaults: data wait is 0.0%, .*, and the model reaches 40% of the limit$",
+        ),
         (
             [measured("eager", 9.0), measured("fastres", 2.0, 0.31)],
-            "data wait is 31%: the dali loader.*raise --workers",
+            "data wait is 31%: the dali loader gives 1,000 images/s alone, the model takes 67; raise --workers$",
         ),
-        ([measured("eager", 9.0), measured("fastres", 2.0, 0.31, loader="eager")], "data wait is 31%.*install DALI"),
+        (
+            [measured("eager", 9.0), measured("fastres", 2.0, 0.03, loader="eager")],
+            "data wait is 3%: the eager loader gives 10 images/s alone, the model takes 67; install DALI",
+        ),
+        (
+            [measured("+ AMP", 1.8, fused=False), measured("fastres", 2.0)],
+            r"\+ AMP is 1.11x as fast as the defaults here: train with --no-fused$",
+        ),
         (
             [measured("+ AMP", 1.0, fused=False), measured("+ compile", 0.5, compile=True), measured("fastres", 2.0)],
             r"\+ compile is 4.00x as fast as the defaults here: train with --compile$",

@@ -1,5 +1,7 @@
 """FLOPs against the published ones and torch's own counter; bytes and the limit against sums done by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -83,6 +85,17 @@ def test_machine_rates_count_both_operations_and_both_directions(monkeypatch):
     monkeypatch.setattr(roofline, "COPY_BYTES", 2**22)
     monkeypatch.setitem(roofline.MATRIX_SIZE, "cpu", 128)
     assert measure_machine(torch.device("cpu"), torch.float32) == Machine(2 * 2 * 128**3, 2 * 2 * 2**22)
+
+
+def test_the_best_of_several_measurements_counts(monkeypatch):
+    now, durations = [0.0], iter([9.0, 0.3, 0.1, 0.2, 0.5])  # the first to warm up
+
+    def function():
+        now[0] += next(durations)
+
+    monkeypatch.setattr(roofline, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(roofline, "MEASURE_SECONDS", 10.0)
+    assert roofline._best_seconds(function, torch.device("cpu")) == pytest.approx(0.1)
 
 
 def test_machine_rates_are_those_of_the_moment(monkeypatch):

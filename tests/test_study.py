@@ -14,7 +14,7 @@ import pytest
 
 from fastres import study
 from fastres.config import SETTING_TYPES, TrainConfig
-from fastres.studies import RESERVED, list_studies, load_study
+from fastres.studies import RESERVED, RunDefinition, Study, list_studies, load_study
 from fastres.training.checkpoint import read_checkpoint
 from tests.conftest import CommandLine
 
@@ -67,6 +67,7 @@ def test_a_study_of_two_runs(command_line, flags, tmp_path):
     ]  # fmt: skip
     report = (out / "report.md").read_text()
     assert "Scaled down: 50 % of the epochs and 70 % of the training images" in report
+    assert "data-dir" not in report  # where the user keeps it
     rows = markdown_rows(report)
     for name, label in (("low", "low"), ("high", "high rate")):
         history = pd.read_csv(out / f"{name}-seed0/history.csv")
@@ -115,6 +116,8 @@ def test_an_interrupted_study_goes_on(command_line, flags, tmp_path):
     begun = "2026-01-02 03:04 UTC"
     (out / "study.json").write_text(json.dumps(json.loads((out / "study.json").read_text()) | {"date": begun}))
 
+    message = command_line.one_line(*flags, "--no-eager-cost", "--resume", "--epochs", 5)
+    assert "was started with epochs 3, and would now have 5" in message
     assert command_line(*flags, "--no-eager-cost", "--resume") == 0
     assert re.findall(r"^\d/2 (.*):", command_line.out, re.M) == ["high rate, seed 0"]
     assert kept == {path: path.stat().st_mtime_ns for path in (out / "low-seed0").iterdir()}
@@ -123,6 +126,12 @@ def test_an_interrupted_study_goes_on(command_line, flags, tmp_path):
     assert len(history) == 1 + 3
     assert (out / "report.html").exists()
     assert f"begun {begun}" in (out / "report.md").read_text()
+
+
+def test_a_run_saves_when_its_study_alone_is_interrupted(flags, tmp_path):
+    code, _ = stopped(flags, tmp_path / "out", lambda process: process.send_signal(signal.SIGINT))
+    assert code == 130
+    assert (tmp_path / "out/high-seed0/last.pt").exists()
 
 
 def test_a_run_saves_when_its_study_is_killed(flags, tmp_path):
@@ -137,6 +146,16 @@ def test_a_dry_run_estimates(command_line, flags, monkeypatch):
     assert re.findall(r"about (.*) in all", command_line.out) == ["7 min"]  # 2 runs of 3 epochs of 60 + 20 / 3
 
 
+def test_a_dry_run_leaves_out_what_is_finished(command_line, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "read_summary", lambda folder: {"images_per_second": 1.0})
+    (tmp_path / "out/low-seed0").mkdir(parents=True)
+    (tmp_path / "out/low-seed0/summary.json").touch()
+    assert command_line(*flags, "--dry-run", "--no-eager-cost") == 0
+    assert "is finished" in command_line.out
+    assert "finished run" in command_line.out
+    assert re.findall(r"about (.*) in all", command_line.out) == ["3 min"]
+
+
 def test_dry_run_writes_nothing(command_line, flags, tmp_path):
     assert command_line(*flags, "--dry-run", "--seeds", "0,1") == 0
     assert "5 runs" in command_line.out
@@ -149,9 +168,19 @@ def test_built_in_studies():
     assert list_studies() == ["architecture", "augmentation", "residual", "schedule", "zero-gamma"]
     conjectures = load_study("schedule").conjectures
     assert len(conjectures) == 4
-    cosine = {run.name: run for run in load_study("schedule").runs}["resnet50-cosine"]
-    assert cosine.flags["schedule"] == "cosine"
-    assert not cosine.published
+    runs = {run.name: run for run in load_study("schedule").runs}
+    assert runs["resnet50-cosine"].flags["schedule"] == "cosine"
+    assert not runs["resnet50-cosine"].published
+    assert runs["vgg16-constant"].published == load_study("architecture").runs[0].published
+    assert runs["vgg16-constant"].published["best_accuracy"] == 94.17
+
+
+def test_a_variant_overrides_its_runs(study_file):
+    study_file.write_text(TINY + '[variants.fast]\nlabel = "faster"\nflags = { lr = 0.2 }\n')
+    assert [(run.name, run.label, run.flags["lr"]) for run in load_study(str(study_file)).runs] == [
+        ("low-fast", "low, faster", 0.2),
+        ("high-fast", "high rate, faster", 0.2),
+    ]
 
 
 @pytest.mark.parametrize("name", list_studies())
@@ -174,6 +203,29 @@ def test_a_planned_run_has_its_seed(arrays, tmp_path):
     assert planned.config.seed == 7
 
 
+MULTISTEP = {
+    "model": "vgg11", "dataset": "folder", "epochs": 10, "schedule": "multistep", "milestones": (5, 8),
+    "warmup_epochs": 2.0, "train_fraction": 0.5, "batch_size": 5, "device": "cpu",
+}  # fmt: skip
+
+
+def test_a_planned_run_is_scaled(arrays, tmp_path):
+    definition, config = RunDefinition("x", "x", MULTISTEP, {}), study.StudyConfig(scale=0.5, data_scale=0.5)
+    planned = study.plan_run(definition, 0, config, {}, tmp_path, lambda *_: (arrays, "arrays"))
+    assert (planned.config.epochs, planned.config.warmup_epochs, planned.config.milestones) == (5, 1.0, (2, 4))
+    assert planned.config.train_fraction == 0.25
+    assert len(planned.dataset.train) == 15
+
+
+def test_what_eager_pytorch_costs_is_measured_in_a_few_epochs(arrays, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "load_dataset", lambda *_: (arrays, "arrays"))
+    definition = RunDefinition("x", "x", MULTISTEP, {})
+    run, eager = study.plan(Study("x", "", "", (definition,), (), ()), study.StudyConfig(), {}, tmp_path)
+    assert (run.config.epochs, run.config.schedule) == (10, "multistep")
+    assert (eager.config.epochs, eager.config.schedule) == (3, "constant")
+    assert (eager.config.warmup_epochs, eager.config.milestones) == (0.0, ())
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0.4, "0 s"), (59, "59 s"), (61, "1 min"), (3540, "59 min"), (7500, "2 h 05 min")]
 )
@@ -191,6 +243,12 @@ def test_mini_cifar10_from_files_takes_its_three_classes(arrays, tmp_path):
     overrides = {"dataset": "folder", "data_dir": tmp_path, "batch_size": 20}
     study.plan_run(load_study("architecture").runs[0], 0, study.StudyConfig(), overrides, tmp_path, load)
     assert asked == [("folder", tmp_path, ("airplane", "automobile", "bird"), False)]
+
+
+def conjecture(**values):
+    """TINY's flags, and before them a conjecture with ``values``."""
+    keys = {"text": '"x"', "expect": '"grows"', "before": '["low", "high"]', "after": '["low", "high"]'} | values
+    return f"conjectures = [{{ {', '.join(f'{key} = {value}' for key, value in keys.items())} }}]\n[flags]"
 
 
 @pytest.mark.parametrize(
@@ -213,6 +271,14 @@ def test_mini_cifar10_from_files_takes_its_three_classes(arrays, tmp_path):
         ("[flags]", 'include = ["architecture/vgg17"]\n[flags]', r"include architecture/vgg17: .* has the runs vgg16"),
         ("[flags]", 'figures = [{title = "x", runs = ["lo"]}]\n[flags]', r"figures.runs: no run lo; there are low"),
         ("[flags]", "flags", r"tiny.toml: not readable as TOML"),
+        (
+            "[flags]",
+            "[runs.low-b]\n[variants.c]\n[variants.b-c]\n[flags]",
+            r"tiny.toml: two runs are called low-b-c; rename one",
+        ),
+        ("[runs.low]", '[runs."a/b"]\n[runs.low]', r"runs.a/b: a run's name is its folder's, so it must not hold a /"),
+        ("[flags]", conjecture(before='["low"]'), r"conjectures: before and after must name two runs each"),
+        ("[flags]", conjecture(expect='"shrinks"'), r"conjectures.expect: must be one of grows, stays positive"),
         (TINY, "title = 'nothing'", r"tiny.toml: no runs; add a table"),
         (TINY, "runs = 3", r"tiny.toml: runs: must be a table, not 3"),
     ],
@@ -228,6 +294,7 @@ def test_bad_files(old, new, message, command_line, flags, study_file, tmp_path)
     ("arguments", "message"),
     [
         (["--seeds", "0,0"], "--seeds: a seed is named twice"),
+        (["--seeds", "-1"], "--seeds: must not be negative"),
         (["--seeds", "a"], "--seeds: invalid list of integers value: 'a'"),
         (["--scale", "0"], r"--scale 0.0: must be in \(0, 1\]"),
         (["--data-scale", "2"], r"--data-scale 2.0: must be in \(0, 1\]"),

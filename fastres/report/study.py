@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from string import Template
 from typing import Any
 
 import markdown
+import numpy as np
 import pandas as pd
 
 from fastres.config import read_json
@@ -47,7 +48,8 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
-        return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return cls(float(np.mean(values)), std, len(values))
 
     def text(self, digits: int = 2) -> str:
         spread = f" ± {self.std:,.{digits}f}" if self.std is not None else ""

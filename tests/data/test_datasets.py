@@ -1,6 +1,8 @@
 import hashlib
 import io
 import pickle
+import shutil
+import subprocess
 import tarfile
 
 import numpy as np
@@ -50,6 +52,10 @@ def test_digits_is_a_fixed_stratified_split():
         assert counts.max() - counts.min() <= 8  # the classes differ that much themselves
         assert split.images.std() > 50
     np.testing.assert_array_equal(dataset.train.images, digits().train.images)
+    assert dataset.train.images.max() == 255
+    normalised = (dataset.train.images / 255 - dataset.mean) / dataset.std
+    assert normalised.mean() == pytest.approx(0, abs=1e-6)
+    assert normalised.std() == pytest.approx(1)
 
 
 def test_cifar10_and_its_classes(tmp_path, monkeypatch):
@@ -57,6 +63,9 @@ def test_cifar10_and_its_classes(tmp_path, monkeypatch):
     whole, _ = load_dataset("cifar10", root)
     assert whole.classes == tuple(CIFAR10_CLASSES)
     assert whole.train.images.shape == (250, 32, 32, 3)
+    pixels = pickle.loads((root / "cifar-10-batches-py/test_batch").read_bytes())["data"]
+    np.testing.assert_array_equal(whole.test.images, pixels.reshape(50, 3, 32, 32).transpose(0, 2, 3, 1))
+    assert (whole.mean, whole.std) == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # as is usual, RGB
     mini, _ = load_dataset("mini-cifar10", root)
     assert mini.classes == MINI_CIFAR10_CLASSES
     assert len(mini.train) == 75
@@ -75,6 +84,7 @@ def test_cifar100(tmp_path, monkeypatch):
     dataset, _ = load_dataset("cifar100", fake_cifar10(tmp_path, monkeypatch, CIFAR100, names, per_batch=150))
     assert dataset.classes == tuple(names)
     np.testing.assert_array_equal(dataset.train.labels, np.arange(150) % 100)
+    assert not np.array_equal(dataset.train.images, dataset.test.images)
     assert (dataset.mean, dataset.std) == (CIFAR100_MEAN, CIFAR100_STD)
 
 
@@ -89,6 +99,23 @@ def test_auto_says_why_it_takes_digits(tmp_path, monkeypatch):
     dataset, line = load_dataset("auto", tmp_path)
     assert dataset.name == "digits"
     assert "download did not finish" in line
+
+
+def test_auto_takes_digits_where_the_download_fails(tmp_path, monkeypatch):
+    def run(command, **_):
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr("fastres.data.datasets.subprocess.run", run)
+    dataset, line = load_dataset("auto", tmp_path)
+    assert dataset.name == "digits"
+    assert "its download failed" in line
+
+
+def test_auto_takes_what_it_has_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastres.data.datasets.subprocess.run", lambda *_, **__: fake_cifar10(tmp_path, monkeypatch))
+    dataset, line = load_dataset("auto", tmp_path)
+    assert (dataset.name, dataset.classes) == ("mini-cifar10", MINI_CIFAR10_CLASSES)
+    assert f"downloaded to {tmp_path}" in line
 
 
 def test_wrong_checksum(tmp_path, monkeypatch):
@@ -117,6 +144,13 @@ def test_folder(tmp_path, arrays):
     np.testing.assert_array_equal(first, arrays.test.images[1])
 
 
+@pytest.mark.parametrize("suffix", [".jpeg", ".JPG"])
+def test_folder_reads_every_spelling_of_a_suffix(suffix, image_folder):
+    path = image_folder / "train/dark/0000.jpg"
+    path.rename(path.with_suffix(suffix))
+    assert len(folder(image_folder).train) == 60
+
+
 def test_folder_takes_a_subset_in_its_order(image_folder):
     assert folder(image_folder, ("dark",)).classes == ("dark",)
     assert folder(image_folder, ("dark", "bright")).test.labels.tolist() == [0] * 10 + [1] * 10
@@ -133,6 +167,7 @@ def break_file(root):
         (lambda root: (root / "train").rename(root / "training"), "no folder train/"),
         (lambda root: [path.unlink() for path in (root / "test/dark").iterdir()], "test/dark: holds no .jpg or .png"),
         (lambda root: (root / "train/third").mkdir(), "same classes; only one has third"),
+        (lambda root: [shutil.rmtree(path) for path in root.glob("*/*")], "train/ holds no class folders"),
         (break_file, "not readable as JPEG or PNG .* megapixels: train/dark/0000.jpg; replace"),
     ],
 )
@@ -191,11 +226,18 @@ def test_unknown_classes(name, image_folder):
         load_dataset(name, image_folder, ("cow",))
 
 
+@pytest.mark.parametrize(("name", "label"), [("digits", "3"), ("folder", "dark")])
+def test_a_class_that_is_named_twice(name, label, image_folder):
+    with pytest.raises(UserError, match="--classes: a class is named twice"):
+        load_dataset(name, image_folder, (label, label))
+
+
 def test_hold_out_splits_the_training_set(arrays):
     kept, held = arrays.hold_out(0.2, seed=1)
     assert (len(kept.train), len(held)) == (48, 12)
     together = np.concatenate([kept.train.images, held.images]).reshape(60, -1)
     assert len(np.unique(together, axis=0)) == 60
+    assert not np.array_equal(held.images, arrays.hold_out(0.2, seed=2)[1].images)
     with pytest.raises(UserError, match="--val-fraction"):
         arrays.hold_out(0.001, seed=1)
 
@@ -207,3 +249,4 @@ def test_sample_keeps_a_part_of_the_training_set(arrays):
     assert np.array_equal(sampled.train.images, arrays.sample(0.5, seed=1).train.images)
     assert not np.array_equal(sampled.train.images, arrays.sample(0.5, seed=2).train.images)
     assert len(arrays.sample(1e-6, seed=1).train) == 1
+    assert len(arrays.sample(0.33, seed=1).train) == 20  # 19.8

@@ -1,6 +1,7 @@
 """Both loaders apply one plan: their batches are compared with a NumPy reference and with each other."""
 
 import io
+import pkgutil
 from functools import partial
 
 import numpy as np
@@ -54,6 +55,20 @@ def reference(dataset: Dataset, split: Split, plan: EpochPlan) -> np.ndarray:
             image[np.ix_(rows, columns)] = 0
         out.append(image.transpose(2, 0, 1))
     return np.stack(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "argument"),
+    [
+        ("dali", "fastres.data.dali.Pipeline", "num_threads"),
+        ("eager", "fastres.data.eager.DataLoader", "num_workers"),
+    ],
+)
+def test_as_many_workers_as_asked_for(name, target, argument, arrays, monkeypatch):
+    seen, kind = [], pkgutil.resolve_name(target)
+    monkeypatch.setattr(target, lambda *args, **options: seen.append(options[argument]) or kind(*args, **options))
+    epoch_of(make_loader(name, arrays.test, lambda epoch: evaluation_plan(20), arrays, workers=1))
+    assert set(seen) == {1}
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -22,6 +22,11 @@ def test_other_seeds_and_epochs_draw_anew(seed, epoch):
         assert (value != getattr(other, name)).any(), name
 
 
+def test_no_two_seeds_have_an_epoch_in_common():
+    orders = {training_plan(seed, epoch, 1000, "none").order.tobytes() for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 def test_every_image_comes_once(augmentation):
     order = training_plan(0, 0, 1234, augmentation).order

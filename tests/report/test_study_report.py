@@ -4,13 +4,15 @@ import json
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from fastres.errors import UserError
 from fastres.report import study_plots
-from fastres.report.study import first_to, read_results, write_report
+from fastres.report.study import Estimate, conjecture_finding, first_to, read_results, time_to, write_report
 
 ACCURACIES = {  # test accuracy of each epoch, in percent
     "vgg": {0: [70, 81, 88, 92, 93, 91], 1: [72, 83, 89, 90, 95, 94]},
@@ -142,6 +144,15 @@ def test_findings_are_computed(report_of):
         assert f"- {line}\n" in report
 
 
+def test_the_early_accuracy_is_compared_where_it_was_published(report_of, study):
+    runs = [run | {"published": {"mean_accuracy": early}} for run, early in zip(study["runs"], (80, 70), strict=True)]
+    line = (
+        "- ResNet-50: mean accuracy of epochs 1 to 5 77.20 %, 8.10 points (± 1.12) lower than VGG-16 (85.30 %); the "
+        "study measured 10.00 points lower.\n"
+    )
+    assert line in report_of(runs=runs)
+
+
 @pytest.mark.parametrize(
     ("expect", "pairs", "verdict"),
     [
@@ -156,12 +167,74 @@ def test_conjectures_are_judged_by_their_standard_error(expect, pairs, verdict, 
     assert f"- Conjecture: it does. {verdict} points of best accuracy" in report_of(conjectures=[conjecture])
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "finding"),
+    [
+        (
+            (-2, 1),
+            (0.5, 1),
+            "Not decided: C minus D is +0.50 ± 1.00 points of best accuracy, and A minus B -2.00 ± 1.00.",
+        ),
+        ((-2, 1), (1, 1), "Yes: C minus D is +1.00 ± 1.00 points of best accuracy, and A minus B -2.00 ± 1.00."),
+        ((2, 1), (-1, 1), "No: C minus D is -1.00 ± 1.00 points of best accuracy, and A minus B +2.00 ± 1.00."),
+        ((-2, None), (1, None), "Yes, by one seed: C minus D is +1.00 points of best accuracy, and A minus B -2.00."),
+    ],
+)
+def test_a_conjecture_is_decided_beyond_two_standard_errors(before, after, finding):
+    """The two differences' errors of 1 make one of 1.41 for what is between them."""
+
+    def result(label, mean, error):
+        return SimpleNamespace(label=label, estimate=lambda metric: Estimate(mean, error, 1))
+
+    (first, first_error), (second, second_error) = before, after
+    runs = {
+        "a": result("A", first, first_error),
+        "b": result("B", 0, first_error and 0),
+        "c": result("C", second, second_error),
+        "d": result("D", 0, second_error and 0),
+    }
+    conjecture = {"text": "it does", "expect": "grows", "before": ["a", "b"], "after": ["c", "d"]}
+    assert conjecture_finding(conjecture, runs) == f"Conjecture: it does. {finding}"
+
+
 def test_one_seed_has_no_deviation(report_of, study):
     runs = [run | {"folders": run["folders"][:1], "eager_folder": None} for run in study["runs"]]
     report = report_of(runs=runs)
     assert "±" not in report
     assert "eager" not in report
     assert "| **VGG-16** | 93.00 | 91.00 | 84.80 | 9.52 | 0.2500 | 14.70 | 6 |" in report
+
+
+def test_one_epoch_has_no_spread(report_of, tmp_path):
+    for path in tmp_path.glob("*/history.csv"):
+        pd.read_csv(path)[:1].to_csv(path, index=False)
+    assert "nan" not in report_of()
+
+
+@pytest.mark.parametrize(
+    ("device", "memory"), [("some GPU", "PyTorch reserved on the GPU"), ("CPU, 2 threads", "process's resident memory")]
+)
+def test_how_it_was_measured(device, memory, report_of, tmp_path):
+    for path in tmp_path.glob("*/summary.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"device": device}))
+    report = report_of()
+    for words in (
+        "1000 training images and 200 test images of 2 classes (cat, dog)",
+        f"device {device}; loader dali, amp bf16, channels-last True, compile True, cuda-graphs True, fused True",
+        "torch 2.11; commit abc",
+        "The best epoch is the best on the test set, as the published figures are.",
+        "Published figures: Study A.",
+        f"Peak memory is what {memory}" if "GPU" in device else f"Peak memory is the {memory}",
+    ):
+        assert words in report
+
+
+def test_a_study_has_figures_of_its_own(report_of, tmp_path):
+    report = report_of(figures=[{"title": "One", "runs": ["vgg"]}, {"title": "The other", "runs": ["vgg", "resnet"]}])
+    for title, name in (("One", "one"), ("The other", "the-other")):
+        assert f"### {title}\n\n![{title}](figures/{name}.png)" in report
+        assert (tmp_path / f"figures/{name}.png").exists()
+    assert "Accuracy and loss against epoch" not in report
 
 
 def test_the_scale_is_everywhere(report_of, tmp_path):
@@ -174,6 +247,8 @@ def test_the_scale_is_everywhere(report_of, tmp_path):
 def test_a_target_counts_as_reached_with_every_seed(report_of, study, tmp_path):
     report_of()
     results = read_results(tmp_path, study)
+    assert first_to(results, 80) == "80 % is reached first by VGG-16, after 4.0 s of training."
+    assert time_to(results[0], 94) == "10.0 (1 of 2 seeds)"
     assert first_to(results, 92.5) == "92.5 % is reached first by VGG-16, after 10.0 s of training."
     assert first_to(results, 94) is None  # with one of two seeds
 
@@ -182,7 +257,19 @@ def test_figures_show_what_was_measured(report_of, study, tmp_path):
     report_of()
     results = read_results(tmp_path, study)
     confused, *_ = study_plots.confusion(results, "").axes
-    assert [text.get_text() for text in confused.texts] == ["90.0", "10.0", "20.0", "80.0"]
+    shown = {text.get_position(): text.get_text() for text in confused.texts}  # by predicted and true class
+    assert shown == {(0, 0): "90.0", (1, 0): "10.0", (0, 1): "20.0", (1, 1): "80.0"}
+    assert (confused.get_xlabel(), confused.get_ylabel()) == ("predicted", "true, % of its images")
+
+    accuracy, loss = study_plots.curves(results, "").axes
+    test, train = (line.get_ydata() for line in loss.lines[:2])
+    np.testing.assert_allclose(test, [2.5 / epoch for epoch in range(1, 7)])
+    np.testing.assert_allclose(train, [2 / epoch for epoch in range(1, 7)])
+    assert accuracy.lines[2].get_xydata().tolist() == [[1.0, 94.17]]  # published
+    assert accuracy.lines[2].get_marker() == "<"
+    shade = accuracy.collections[0].get_paths()[0].get_extents()
+    assert (shade.ymin, shade.ymax) == (70, 95)
+
     (axes,) = study_plots.pareto(results, "").axes
     vgg, resnet, front = (line.get_xydata().tolist() for line in axes.lines)
     means = [sum(seeds) / 2 for seeds in zip(*ACCURACIES["vgg"].values(), strict=True)]

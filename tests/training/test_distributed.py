@@ -50,6 +50,42 @@ def jointly(function, tmp_path, *args):
     assert [process.exitcode for process in processes] == [0] * JOINT
 
 
+@pytest.mark.parametrize(("rank", "error"), [(0, UserError), (1, SystemExit)])
+def test_all_processes_end_with_the_exit_code_of_rank_0(rank, error, monkeypatch):
+    def broadcast(outcome):
+        sent.append(list(outcome))
+        if rank == 1:
+            outcome[:] = [None, 2]
+
+    def make():
+        raise UserError("--lr: bad")
+
+    sent = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    with pytest.raises(error) as raised:
+        distributed.from_rank_0(make)
+    if rank == 0:
+        assert sent == [[None, 2]]
+    else:
+        assert raised.value.code == 2
+
+
+def test_every_process_takes_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: taken[-1])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert distributed.local_device("cuda") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="--nproc-per-node 3: each takes a GPU, and there are 2"):
+        distributed.local_device("cuda")
+
+
 def normalise_jointly(options):
     generator = torch.Generator().manual_seed(0)
     x, residual, grad = torch.randn(3, 5, 6, 4, 4, generator=generator, dtype=torch.float64)

@@ -1,5 +1,7 @@
 """What a profile measures with: windows that stand for an epoch, and two loops that do the same."""
 
+import time
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from fastres.config import TrainConfig
 from fastres.data.datasets import synthetic
 from fastres.models import create_model
 from fastres.training.baseline import StudyLoop
-from fastres.training.measure import Resident, Variant, Window, planned_loader, train
+from fastres.training.measure import Resident, Variant, Window, loaders_alone, planned_loader, train
 from fastres.training.trainer import Trainer
 
 
@@ -47,6 +49,18 @@ def test_a_window_goes_on_where_it_was_over_the_end_of_an_epoch():
 
     window = Window(Loader(), 2)
     assert [list(window.epoch(0)) for _ in range(3)] == [[(0, 1), (0, 2)], [(1, 0), (1, 1)], [(1, 2), (2, 0)]]
+
+
+def test_a_loader_alone_is_measured_in_images_a_second(monkeypatch):
+    class Loader:
+        def epoch(self, number):
+            for _ in range(2):
+                time.sleep(0.02)
+                yield None, torch.zeros(4)
+
+    monkeypatch.setattr("fastres.training.measure.planned_loader", lambda *_: Loader())
+    rates = loaders_alone([TrainConfig(batch_size=4, loader="dali", device="cpu")], synthetic(8))
+    assert 1 < rates["dali"] <= 8 / 0.04
 
 
 def test_the_studies_loop_trains_as_the_trainer_does():

@@ -42,7 +42,8 @@ def test_cosine_is_torchs():
 @pytest.mark.parametrize("schedule", ["multistep", "cosine", "onecycle"])
 def test_warm_up_rises_linearly_to_the_peak(schedule):
     rise = factors(schedule, warmup_epochs=2, milestones=(9,))[: 2 * STEPS + 1]
-    assert 0 < rise[0] < 0.15
+    first = 1 / (2 * STEPS + 1)  # of the way from where it starts
+    assert rise[0] == pytest.approx(1 / 25 + 24 / 25 * first if schedule == "onecycle" else first)
     assert rise[-1] == 1
     steps = [after - before for before, after in pairwise(rise)]
     assert steps == pytest.approx([steps[0]] * len(steps))
