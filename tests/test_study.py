@@ -100,7 +100,8 @@ def stopped(flags, out, stop):
     while not (out / "high-seed0/history.csv").exists() and process.poll() is None:
         time.sleep(0.01)
     stop(process)
-    _, error = process.communicate()  # also waits for the run's own process, which has the same standard error
+    # also waits for the run's own process, which has the same standard error
+    _, error = process.communicate(timeout=120)
     assert not (out / "high-seed0/summary.json").exists()
     return process.returncode, error
 
