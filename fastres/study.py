@@ -311,7 +311,7 @@ def execute(run: PlannedRun, advance: Callable[[float], None]) -> dict[str, Any]
     given = {key: value for key, value in vars(run.config).items() if not resume or key in RESUMABLE}
     PROCESSES.set_forkserver_preload([__name__])
     receiver, sender = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=_train, args=(given, resume, sender))
+    process = PROCESSES.Process(target=_train, args=(given, resume, sender, sys.orig_argv))
     process.start()
     sender.close()
     try:
@@ -330,8 +330,9 @@ def execute(run: PlannedRun, advance: Callable[[float], None]) -> dict[str, Any]
     return read_summary(run.folder)
 
 
-def _train(given: dict[str, Any], resume: Path | None, sender: Connection) -> None:
-    """In the run's process: sends the fraction of the run that each step is."""
+def _train(given: dict[str, Any], resume: Path | None, sender: Connection, command: list[str]) -> None:
+    """In the run's process: sends the fraction of the run that each step is. ``command`` is the study's."""
+    sys.orig_argv = command
     # this process inherits the study's start method, and the eager loader's workers would start seconds later with it
     multiprocessing.set_start_method(None, force=True)
     try:

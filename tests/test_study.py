@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def test_a_study_of_two_runs(command_line, flags, tmp_path):
         history = pd.read_csv(out / f"{name}-seed0/history.csv")
         summary = json.loads((out / f"{name}-seed0/summary.json").read_text())
         assert summary["train_images"] == 42
+        assert summary["command"] == shlex.join(["python", *sys.orig_argv[1:]])
         assert rows[label, 8] == [
             f"{history['test_accuracy'].max():.2f}",
             f"{history['test_accuracy'].iloc[-1]:.2f}",
