@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -15,6 +16,7 @@ import pytest
 
 from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, over_recipe
 from fastres.data.datasets import synthetic
+from fastres.report.study import write_report
 
 ROOT = Path(__file__).parents[1]
 
@@ -307,6 +309,13 @@ def test_the_shown_command_gives_the_settings_of_its_run(path):
     for name, value in run["config"].items():
         if name not in of_the_machine | {"warmup_epochs"}:
             assert config[name] == value, name
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "benchmarks/results").glob("study-*")), ids=lambda path: path.name)
+def test_a_kept_report_is_what_its_results_say(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "study")
+    write_report(copy)
+    assert (copy / "report.md").read_text() == (folder / "report.md").read_text()
 
 
 def test_the_readme_shows_what_is_in_the_results(tmp_path):
