@@ -17,6 +17,7 @@ from fastres.config import (
     Parser,
     TrainConfig,
     add_flags,
+    as_flag,
     check_effect,
     over_recipe,
     read_json,
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     evaluate_run(evaluate, given, console)
                 else:
                     if not resume:
-                        check_effect(given)
+                        distributed.from_rank_0(lambda: check_effect(given))
                     train(given, resume, console)
         except UserError as error:
             print(f"{parser.prog}: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
@@ -167,8 +168,8 @@ def settings_of_run(folder: Path, config: TrainConfig, given: dict[str, Any], ma
     """
     for name, value in given.items():
         if name not in may_differ and value != getattr(config, name):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {value}: {folder} is a run with {getattr(config, name)}; leave the flag off")
+            flag = as_flag(name, value)
+            raise UserError(f"{flag}: {folder} is a run with {getattr(config, name)}; leave the flag off")
     return {**vars(config), **given, "output_dir": folder}
 
 

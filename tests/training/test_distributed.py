@@ -324,11 +324,15 @@ def test_max_restarts(whole, tmp_path):
     assert_same_run(whole, tmp_path / "part")
 
 
-def test_an_error_of_all_is_said_once():
-    done = torchrun("--dataset", "digits", "--batch-size", 31, module="fastres.train")
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [("--batch-size", 31, "must be a multiple of the 2 processes"), ("--milestones", 3, "needs --schedule multistep")],
+)
+def test_an_error_of_all_is_said_once(flag, value, message):
+    done = torchrun("--dataset", "digits", flag, value, module="fastres.train")
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("python -m fastres.train: ")]
-    assert errors == ["python -m fastres.train: error: --batch-size 31: must be a multiple of the 2 processes"]
+    assert errors == [f"python -m fastres.train: error: {flag} {value}: {message}"]
 
 
 def test_a_checkpoint_that_does_not_fit_is_said_once(whole, tmp_path):
