@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 from rich import box
 from rich.table import Table
 
-from fastres.config import as_flag
+from fastres.fields import as_flag
 
 MUCH_WAIT = 0.02  # of an epoch
 CLEARLY_FASTER = 1.05

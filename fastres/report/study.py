@@ -17,10 +17,10 @@ import markdown
 import numpy as np
 import pandas as pd
 
-from fastres.config import read_json
 from fastres.errors import UserError
+from fastres.files import read_json
 from fastres.report import study_plots
-from fastres.training.checkpoint import check_history
+from fastres.training.history import check_history
 
 TARGETS = (80, 85, 90)  # % of test accuracy, that the time to is reported
 FIRST_EPOCHS = 5  # the early part of a run that Study A compares

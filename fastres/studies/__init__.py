@@ -17,10 +17,11 @@ import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from fastres.config import TrainConfig, is_a, read_setting
-from fastres.errors import UserError
+from fastres.config import TrainConfig
+from fastres.errors import UserError, named
+from fastres.fields import has_type, read_value
 
 BUILT_IN = Path(__file__).parent
 METRICS = (
@@ -131,7 +132,7 @@ class _Reader:
         published = self.table(value, "published", f"{where}.")
         self.check_keys(f"{where}.published.", published, METRICS)
         for key, number in published.items():
-            if not is_a(number, float):
+            if not has_type(number, float):
                 raise UserError(f"{self.path}: {where}.published.{key}: must be a number, not {number!r}")
         flags = self.flags(f"{where}.flags", self.table(value, "flags", f"{where}."))
         return RunDefinition(name, self.string(f"{where}.label", value.get("label", name)), flags, published)
@@ -161,7 +162,8 @@ class _Reader:
         for name, value in settings.items():
             if name in RESERVED:
                 raise UserError(f"{self.path}: {where}.{name}: leave it out; {RESERVED[name]}")
-            settings[name] = read_setting(name, value, f"{self.path}: {where}.")
+            with named(self.path):
+                settings[name] = read_value(value, get_type_hints(TrainConfig)[name], f"{where}.{name}")
         return settings
 
     def figure(self, value: dict[str, Any], names: Collection[str]) -> Figure:
@@ -210,7 +212,7 @@ class _Reader:
         return value
 
     def strings(self, where: str, value: Any) -> tuple[str, ...]:
-        if not is_a(value, tuple[str, ...]):
+        if not has_type(value, tuple[str, ...]):
             raise UserError(f"{self.path}: {where}: must be a list of strings, not {value!r}")
         return tuple(value)
 
