@@ -46,7 +46,11 @@ class TrainConfig:
 
     model: str = flag("Model", "architecture", "resnet50", tuple(MODELS))
     zero_gamma: bool = flag("Model", "start the last norm of each residual block at 0", False)
-    fused: bool = flag("Model", "fused BatchNorm-(add-)ReLU operator instead of torch's modules", True)
+    fused: bool | None = flag(
+        "Model",
+        "fused BatchNorm-(add-)ReLU operator instead of torch's modules; auto: where its kernels can run",
+        None,
+    )
     sync_bn: bool = flag(
         "Model",
         "under torchrun: BatchNorm over the whole batch, not over each process's part of it; the statistics of every "
@@ -129,7 +133,10 @@ class TrainConfig:
             (self.checkpoint_every >= 1, f"--checkpoint-every {self.checkpoint_every}: must be at least 1"),
             (self.checkpoint_minutes >= 0, f"--checkpoint-minutes {self.checkpoint_minutes}: must not be negative"),
             (self.checkpoint_steps >= 0, f"--checkpoint-steps {self.checkpoint_steps}: must not be negative"),
-            (self.fused or not self.sync_bn, "--sync-bn: is made of the fused operator; leave --no-fused off"),
+            (
+                self.fused is not False or not self.sync_bn,
+                "--sync-bn: is made of the fused operator; leave --no-fused off",
+            ),
             (0 <= self.seed < 2**63, f"--seed {self.seed}: must not be negative, and less than 2^63"),
             (0 < self.lr < math.inf, f"--lr {self.lr}: must be positive, and finite"),
             (0 <= self.momentum < 1, f"--momentum {self.momentum}: must be in [0, 1)"),

@@ -30,11 +30,11 @@ from fastres.models import create_model
 from fastres.training import distributed
 from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights, write_atomically
 from fastres.training.hardware import (
-    check_extension,
     choose_amp,
     choose_compile,
     choose_cuda_graphs,
     choose_device,
+    choose_fused,
 )
 from fastres.training.schedule import ONECYCLE_RISE
 from fastres.training.trainer import Epoch, Evaluation, Trainer
@@ -60,9 +60,8 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
         )
     steps = config.epochs * steps_per_epoch(config, images)
     device, device_why = choose_device(config.device)
-    if config.fused and device.type == "cpu":
-        check_extension()
     amp, amp_why = choose_amp(config.amp, device)
+    fused, fused_why = choose_fused(config.fused, device, config.sync_bn)
     compiled, compile_why = choose_compile(config.compile, device, steps)
     cuda_graphs, graphs_why = choose_cuda_graphs(config.cuda_graphs, device, config.compile_mode if compiled else None)
     loader, loader_why = choose_loader(config.loader)
@@ -76,14 +75,16 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
         warmup_epochs=warmup_epochs,
         device=device.type,
         amp=amp,
+        fused=fused,
         compile=compiled,
         cuda_graphs=cuda_graphs,
         loader=loader,
         output_dir=output_dir,
     )
     line = (
-        f"device {device.type} ({device_why}), amp {amp} ({amp_why}), compile {'on' if compiled else 'off'} "
-        f"({compile_why}), CUDA graphs {'on' if cuda_graphs else 'off'} ({graphs_why}), loader {loader} ({loader_why})"
+        f"device {device.type} ({device_why}), amp {amp} ({amp_why}), fused {'on' if fused else 'off'} ({fused_why}), "
+        f"compile {'on' if compiled else 'off'} ({compile_why}), CUDA graphs {'on' if cuda_graphs else 'off'} "
+        f"({graphs_why}), loader {loader} ({loader_why})"
     )
     return chosen, line
 
@@ -100,6 +101,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, dataset: Dataset, checkpoint: dict[str, Any] | None = None) -> None:
         assert config.output_dir is not None
+        assert config.fused is not None
         self.config, self.folder = config, config.output_dir
         validation: Split | None = None
         if config.val_fraction:
