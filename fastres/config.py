@@ -86,7 +86,7 @@ class TrainConfig:
     zero_gamma: bool = flag("Model", "start the last norm of each residual block at 0", False)
     fused: bool | None = flag(
         "Model",
-        "fused BatchNorm-(add-)ReLU operator instead of torch's modules; auto: where its kernels are there",
+        "fused BatchNorm-(add-)ReLU operator instead of torch's modules; auto: where its kernels can run",
         None,
     )
     sync_bn: bool = flag(

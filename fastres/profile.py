@@ -237,7 +237,7 @@ def build_variants(
         ("channels-last", {"channels_last": True}, ""),
         ("AMP", {"amp": defaults.amp}, "this CPU has no bf16"),
         ("DALI loader", {"loader": defaults.loader}, "DALI does not import"),
-        ("fused operator", {"fused": True}, ""),
+        ("fused operator", {"fused": defaults.fused}, "its kernels are missing"),
         ("compile", {"compile": compile_too}, "takes minutes on a CPU; --compile-variant measures it"),
     ):
         changed = replace(current, **change)
@@ -248,6 +248,7 @@ def build_variants(
             variants.append((f"+ {name}", current))
 
     def engine(name: str, config: TrainConfig) -> StudyLoop | Trainer:
+        assert config.fused is not None
         torch.manual_seed(config.seed)
         model = create_model(config.model, len(dataset.classes), config.zero_gamma, bool(config.fused))
         if name not in ("fastres", RIVAL, COMPILED):

@@ -305,7 +305,9 @@ def test_the_shown_command_gives_the_settings_of_its_run(path):
     given = parser.parse_flags(command.split())
     defaults = DATASET_DEFAULTS.get(run["config"]["dataset"], {})
     config = TrainConfig(**{**defaults, **over_recipe(given)}).to_json()
-    of_the_machine = {"data_dir", "output_dir", "device", "amp", "loader", "compile", "compile_mode", "cuda_graphs"}
+    of_the_machine = {
+        "data_dir", "output_dir", "device", "amp", "loader", "fused", "compile", "compile_mode", "cuda_graphs",
+    }  # fmt: skip
     for name, value in run["config"].items():
         if name not in of_the_machine | {"warmup_epochs"}:
             assert config[name] == value, name

@@ -197,6 +197,16 @@ def test_the_rival_is_the_compiled_model_without_the_operator():
     assert not any("compile" in line for line in left_out)
 
 
+def test_without_its_kernels_the_operator_is_left_out(monkeypatch):
+    monkeypatch.setattr("fastres.training.hardware.extension_error", "the C++ extension is not built")
+    config = profile.ProfileConfig(model="vgg11", images=20, batch_size=4, device="cpu")
+    defaults, dataset, why = profile.prepare(config)
+    assert "fused off (the C++ extension is not built)" in why
+    variants, left_out = profile.build_variants(config, defaults, dataset, torch.device("cpu"))
+    assert "+ fused operator (its kernels are missing)" in left_out
+    assert not any(variant.config.fused for variant in variants)
+
+
 def measured(name, seconds, wait=0.0, **engine):
     default = {
         "channels_last": True, "amp": "bf16", "loader": "dali", "fused": True, "compile": False,

@@ -145,12 +145,26 @@ def test_bad_flags(arguments, message, command_line, flags, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_without_the_extension(command_line, flags, monkeypatch):
-    monkeypatch.setattr("fastres.training.hardware.extension_error", ImportError("undefined symbol"))
-    message = command_line.one_line(*flags)
-    assert "the C++ extension of fastres does not import" in message
-    assert "`make setup`, or take --no-fused" in message
-    assert command_line(*flags, "--no-fused") == 0
+def test_without_the_extension(command_line, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastres.training.hardware.extension_error", "the C++ extension does not load; build it")
+    message = command_line.one_line(*flags, "--fused")
+    assert "--fused: the C++ extension does not load; build it; or take --no-fused" in message
+    message = command_line.one_line(*flags, "--sync-bn")
+    assert "--sync-bn: needs the fused operator: the C++ extension does not load; build it" in message
+    assert not (tmp_path / "run").exists()
+    assert command_line(*flags) == 0
+    assert "fused off (the C++ extension does not load; build it)" in command_line.out
+    assert json.loads((tmp_path / "run/summary.json").read_text())["fused"] is False
+
+
+def test_a_run_goes_on_where_its_extension_is_missing(command_line, flags, tmp_path, monkeypatch):
+    assert command_line(*flags, "--epochs", "1") == 0
+    assert "fused on (C++ kernels)" in command_line.out
+    monkeypatch.setattr("fastres.training.hardware.extension_error", "the C++ extension does not load; build it")
+    resume = ["--resume", tmp_path / "run", "--epochs", "2"]
+    assert "--fused: the C++ extension does not load; build it; or take --no-fused" in command_line.one_line(*resume)
+    assert command_line(*resume, "--no-fused") == 0
+    assert command_line("--eval", tmp_path / "run") == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,5 +1,7 @@
 """The choices that ``auto`` stands for on this machine, each with its reason for the line that a run prints."""
 
+import os
+import shutil
 from dataclasses import replace
 
 import torch
@@ -29,12 +31,6 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     return torch.device("cpu"), "asked for" if name == "cpu" else "no CUDA device"
 
 
-def choose_fused(wanted: bool | None, device: torch.device, sync_bn: bool) -> tuple[bool, str]:
-    if extension_error and device.type == "cpu":
-        raise UserError(str(extension_error))
-    return wanted is not False, "asked for"
-
-
 def choose_amp(name: str, device: torch.device) -> tuple[str, str]:
     """``bf16``, ``fp16`` or ``off``. Raises UserError for fp16 on a CPU, which torch would run more slowly."""
     if name == "fp16" and device.type == "cpu":
@@ -50,6 +46,27 @@ def choose_amp(name: str, device: torch.device) -> tuple[str, str]:
     if torch.cpu._is_avx512_bf16_supported():
         return "bf16", "the CPU has AVX512-BF16"
     return "off", "the CPU has neither AMX nor AVX512-BF16"
+
+
+def choose_fused(wanted: bool | None, device: torch.device, sync_bn: bool) -> tuple[bool, str]:
+    """Whether norm, residual add and ReLU are the fused operator, which ``sync_bn`` needs.
+
+    Raises UserError where it is asked for and cannot run here.
+    """
+    if wanted is False:
+        return False, "asked for"
+    if device.type == "cpu":
+        kernels, missing = "C++", extension_error
+    else:  # Triton compiles what launches its kernels
+        found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        kernels, missing = "Triton", "" if found else "Triton finds no C compiler: install gcc or clang, or set CC"
+    if missing and sync_bn:
+        raise UserError(f"--sync-bn: needs the fused operator: {missing}")
+    if missing and wanted:
+        raise UserError(f"--fused: {missing}; or take --no-fused")
+    if missing:
+        return False, missing
+    return True, "asked for" if wanted else f"{kernels} kernels"
 
 
 def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> tuple[bool, str]:
