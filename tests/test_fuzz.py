@@ -313,6 +313,7 @@ def encoded(kind, **options):
 
 
 IMAGES = [encoded("JPEG"), encoded("JPEG", progressive=True), encoded("PNG"), encoded("PNG", palette=True)]
+IMAGES += [encoded("WEBP"), encoded("WEBP", lossless=True), encoded("BMP"), encoded("BMP", palette=True)]
 
 
 @cases(100)
@@ -325,7 +326,7 @@ def test_image_files(tmp_path_factory, data):
         for i, content in enumerate(contents):
             (root / part / "one" / f"{i}.jpg").write_bytes(content)
     dataset, _ = load_dataset("folder", root, skip_bad_images=True)
-    assert len(dataset.train) + dataset.skipped_images == 5
+    assert len(dataset.train) + dataset.skipped_images == len(IMAGES) + 1
     if dataset.skipped_images:
         with pytest.raises(UserError, match=r"train/one/\d.jpg[^\n]*; replace or remove them"):
             load_dataset("folder", root)
