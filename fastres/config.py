@@ -219,7 +219,7 @@ def is_a(value: Any, kind: Any) -> bool:
 def read_json(path: Path) -> Any:
     """What the file holds. Raises UserError where it is missing or no JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
 

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from fastres.config import ENGINE, Parser, TrainConfig, add_flags, as_json, flag
+from fastres.console import open_console
 from fastres.data.datasets import DATASETS, Dataset, load_dataset, synthetic
 from fastres.data.plan import AUGMENTATIONS
 from fastres.errors import UserError
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_flags(parser, ProfileConfig)
     distributed.refuse(parser)
     given = parser.parse_flags(arguments)
-    console = Console(highlight=False, soft_wrap=True)
+    console = open_console()
     try:
         profile(ProfileConfig(**given), console)
     except UserError as error:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from fastres.config import ENGINE, Parser, TrainConfig, add_flags, flag, over_recipe, read_json
+from fastres.console import open_console
 from fastres.data.datasets import MINI_CIFAR10_CLASSES, Dataset, load_dataset
 from fastres.errors import Interrupted, UserError
 from fastres.models import create_model
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     distributed.refuse(parser)
     given = parser.parse_flags(arguments)
     name, resume, dry_run = given.pop("name"), given.pop("resume"), given.pop("dry_run")
-    console = Console(highlight=False, soft_wrap=True)
+    console = open_console()
     try:
         config = StudyConfig(**{key: given.pop(key) for key in vars(StudyConfig()) if key in given})
         study = load_study(name)
@@ -271,7 +272,7 @@ def study_progress(console: Console, planned: list[PlannedRun]) -> Iterator[Call
     """Gives a function that executes a run under one display of the whole study: live on a terminal, otherwise a line
     for each finished run."""
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
@@ -364,7 +365,7 @@ def print_estimate(planned: list[PlannedRun], console: Console) -> None:
             rates[rate_of(run.config)] = read_summary(run.folder)["images_per_second"], "finished run"
     table = Table(title=f"{len(planned)} runs", title_justify="left")
     for header in ("run", "epochs", "images", "about", "from"):
-        table.add_column(header, justify="left" if header in ("run", "from") else "right")
+        table.add_column(header, justify="left" if header in ("run", "from") else "right", overflow="fold")
     total = 0.0
     for run in planned:
         if run.finished:

@@ -22,6 +22,7 @@ from fastres.config import (
     over_recipe,
     read_json,
 )
+from fastres.console import open_console
 from fastres.data.datasets import Dataset, Track, load_dataset
 from fastres.errors import Interrupted, UserError
 from fastres.report.plots import plot_curves
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = distributed.from_rank_0(lambda: parser.parse_flags(arguments))
         resume, evaluate = given.pop("resume"), given.pop("eval")
         rank = distributed.rank()
-        console = Console(highlight=False, soft_wrap=True, quiet=rank > 0)
+        console = open_console(quiet=rank > 0)
         try:
             with distributed.loss_of_processes_named():
                 if evaluate:
@@ -211,7 +212,7 @@ def tracked(console: Console) -> Track:
 def progress_bar(console: Console) -> Progress:
     """Live on a terminal; silent elsewhere, where the line of each epoch is enough."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
