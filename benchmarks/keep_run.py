@@ -37,6 +37,6 @@ if __name__ == "__main__":
     parser.add_argument("file", type=Path)
     given = parser.parse_args()
     try:
-        given.file.write_text(json.dumps(kept(given.run, given.data), indent=1) + "\n")
+        given.file.write_text(json.dumps(kept(given.run, given.data), indent=1) + "\n", encoding="utf-8")
     except (OSError, UserError) as error:
         parser.error(str(error))

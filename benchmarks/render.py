@@ -16,7 +16,7 @@ from typing import Any
 from fastres.config import as_flag, as_json, read_json
 from fastres.errors import UserError
 from fastres.profile import ProfileConfig
-from fastres.report.study import one_of_each_model, read_results, scale_line, table
+from fastres.report.study import as_markdown, one_of_each_model, read_results, scale_line, table
 
 Content = dict[str, Any]
 
@@ -26,11 +26,11 @@ def main(arguments: list[str]) -> int:
     readme = Path(arguments[0] if arguments else "README.md")
     results = Path(arguments[1] if len(arguments) > 1 else "benchmarks/results")
     try:
-        text = readme.read_text()
+        text = readme.read_text(encoding="utf-8")
         if not re.search(r"<!-- results:\w+ -->", text):
             raise UserError(f"{readme} has no <!-- results:NAME --> to fill")
         contents = [{**read_json(path), "folder": path.parent} for path in sorted(results.rglob("*.json"))]
-        readme.write_text(render(text, contents))
+        readme.write_text(render(text, contents), encoding="utf-8")
     except (OSError, UserError) as error:
         print(f"render: error: {error}", file=sys.stderr)
         return 2
@@ -168,7 +168,7 @@ def study_table(contents: list[Content]) -> str:
             published = result.published.get("best_accuracy")
             rows.append(
                 [
-                    f"`{study['study']}`: {result.label}",
+                    f"`{study['study']}`: {as_markdown(result.label)}",
                     f"{published:.2f}" if published else "",
                     *(result.estimate(metric).text() for metric in ("best_accuracy", "last_accuracy")),
                     result.estimate("epoch_seconds").text(1),
@@ -177,7 +177,7 @@ def study_table(contents: list[Content]) -> str:
             )
         summary = results[0].summaries[0]
         captions.append(
-            f"`{study['study']}`: {scale_line(study)}; {summary['train_images']:,} training images; seeds "
+            f"`{study['study']}`: {as_markdown(scale_line(study))}; {summary['train_images']:,} training images; seeds "
             f"{', '.join(str(run['seed']) for run in results[0].summaries)}; {summary['device']}; "
             f"{_provenance({**summary, 'date': study['date'][:10]})}."
         )

@@ -67,7 +67,7 @@ def passes(channels, size):
 
 def main(path: Path) -> None:
     choose = triton_kernels.tiling
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for channels, size in SHAPES:
             rows = BATCH * size * size
             own = choose(rows, channels, True)

@@ -1,6 +1,7 @@
 """Command lines: flags from the fields of dataclasses, and errors as one line with an exit code."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -75,8 +76,13 @@ def in_words(default: Any) -> str:
     return {"None": "auto", "True": "on", "False": "off"}.get(str(default), str(default))
 
 
-def plain_console(quiet: bool = False) -> Console:
-    """A console that prints text as it is: no markup, no emoji codes, no highlighting, no wrapping."""
+def open_console(quiet: bool = False) -> Console:
+    """Standard output, which prints text as it is: without rich's markup, emoji codes, colours and line breaks.
+
+    Characters that its encoding lacks become backslash escapes.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is another type
+        sys.stdout.reconfigure(errors="backslashreplace")
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=quiet)
 
 

@@ -22,7 +22,7 @@ from fastres.data.plan import AUGMENTATIONS
 from fastres.errors import UserError
 from fastres.fields import as_json, check_fields, flag
 from fastres.files import claimed, new_folder, write_json
-from fastres.flags import Parser, add_flags, plain_console, run_command
+from fastres.flags import Parser, add_flags, open_console, run_command
 from fastres.machine import commit, device_name, versions
 from fastres.models import create_model
 from fastres.report.profile import advice, plot_profile, profile_table
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     distributed.refuse(parser)
 
     def command() -> None:
-        profile(ProfileConfig(**parser.parse_flags(arguments)), plain_console())
+        profile(ProfileConfig(**parser.parse_flags(arguments)), open_console())
 
     return run_command(parser.prog, command, interrupted="interrupted; nothing was written")
 

@@ -26,7 +26,7 @@ from fastres.data.datasets import MINI_CIFAR10_CLASSES, Dataset, load_dataset
 from fastres.errors import RunError, UserError, named
 from fastres.fields import as_arguments, check_fields, flag
 from fastres.files import claimed, read_json, write_json
-from fastres.flags import STOP_WITH_STDIN, Parser, add_flags, plain_console, run_command
+from fastres.flags import STOP_WITH_STDIN, Parser, add_flags, open_console, run_command
 from fastres.models import create_model
 from fastres.report.study import read_summary, write_report
 from fastres.roofline import forward_macs
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags = parser.parse_flags(arguments)
         name, resume, dry_run = flags.pop("name"), flags.pop("resume"), flags.pop("dry_run")
         config = StudyConfig(**{key: flags.pop(key) for key in vars(StudyConfig()) if key in flags})
-        run_study(load_study(name), config, flags, resume, dry_run, plain_console())
+        run_study(load_study(name), config, flags, resume, dry_run, open_console())
 
     return run_command(parser.prog, command, interrupted="interrupted; --resume goes on with the next step")
 
@@ -351,7 +351,7 @@ def print_estimate(planned: list[PlannedRun], console: Console) -> None:
             rates[rate_of(run.config)] = read_summary(run.folder)["images_per_second"], "finished run"
     table = Table(title=f"{len(planned)} runs", title_justify="left")
     for header in ("run", "epochs", "images", "about", "from"):
-        table.add_column(header, justify="left" if header in ("run", "from") else "right")
+        table.add_column(header, justify="left" if header in ("run", "from") else "right", overflow="fold")
     total = 0.0
     for run in planned:
         if run.finished:

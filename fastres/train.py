@@ -18,7 +18,7 @@ from fastres.data.datasets import load_dataset
 from fastres.errors import UserError
 from fastres.fields import path
 from fastres.files import read_json
-from fastres.flags import STOP_WITH_STDIN, Parser, add_flags, plain_console, run_command, terminate_with_stdin
+from fastres.flags import STOP_WITH_STDIN, Parser, add_flags, open_console, run_command, terminate_with_stdin
 from fastres.report.plots import plot_curves
 from fastres.report.tables import summary_table
 from fastres.training import distributed
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def command() -> None:
             flags = distributed.on_rank_0(parser.parse_flags, arguments)
             resume, finished = flags.pop("resume"), flags.pop("eval")
-            console = plain_console(quiet=rank > 0)
+            console = open_console(quiet=rank > 0)
             with distributed.explain_lost_process():
                 if finished:
                     evaluate(finished, flags, console)

@@ -1,5 +1,1 @@
 """Tables, pictures and reports of what runs wrote."""
-
-import matplotlib
-
-matplotlib.use("Agg")  # which needs no display

@@ -3,17 +3,21 @@
 from pathlib import Path
 
 import pandas as pd
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from fastres.report.style import number_plainly, styled
 
 MUCH = 20  # the largest loss over the smallest, from which a linear axis hides the small ones
 SPLITS = {"train": "tab:blue", "val": "tab:green", "test": "tab:orange"}
 
 
+@styled
 def plot_curves(folder: Path, title: str) -> Path:
     """Draws loss and accuracy against epoch from ``folder/history.csv`` to ``folder/curves.png``, and returns that."""
     history = pd.read_csv(folder / "history.csv")
-    figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
     for split, color in SPLITS.items():
         if f"{split}_loss" in history:
             marker = "o" if len(history) < 30 else ""
@@ -28,15 +32,15 @@ def plot_curves(folder: Path, title: str) -> Path:
     )
     losses = history.filter(regex="_loss$")
     wide = losses.max(axis=None) > MUCH * losses.min(axis=None)
-    loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log" if wide else "linear")
+    loss.set(xlabel="epoch", ylabel="cross-entropy")
+    if wide:
+        loss.set_yscale("log")
+        number_plainly(loss.yaxis)
     accuracy.set(xlabel="epoch", ylabel="accuracy, %")
     for axes in (loss, accuracy):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    accuracy.legend(frameon=False)
+    accuracy.legend()
     figure.suptitle(title)
     path = folder / "curves.png"
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     return path

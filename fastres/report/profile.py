@@ -1,14 +1,15 @@
 """A profile as a table, a picture and a line of advice. ``result`` is the content of profile.json throughout."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
 from fastres.fields import as_flag
+from fastres.files import read_json
+from fastres.report.style import styled
 
 MUCH_WAIT = 0.02  # of an epoch
 CLEARLY_FASTER = 1.05
@@ -92,13 +93,13 @@ def _median(row: dict[str, Any]) -> float:
     return row["epoch_seconds"]["median"]
 
 
+@styled
 def plot_profile(folder: Path) -> Path:
     """Draws ``folder/profile.json`` to ``folder/profile.png``, and returns that."""
-    result = json.loads((folder / "profile.json").read_text())
+    result = read_json(folder / "profile.json")
     rows = result["variants"]
-    figure, (epochs, ceilings) = plt.subplots(
-        1, 2, figsize=(11, 0.45 * len(rows) + 1.6), layout="constrained", width_ratios=(3, 2)
-    )
+    figure = Figure(figsize=(11, 0.45 * len(rows) + 1.6), layout="constrained")
+    epochs, ceilings = figure.subplots(1, 2, width_ratios=(3, 2))
     for i, row in enumerate(rows):
         seconds = row["epoch_seconds"]
         median, wait = seconds["median"], row["data_wait_fraction"] * seconds["median"]
@@ -111,7 +112,8 @@ def plot_profile(folder: Path) -> Path:
     epochs.set_yticks(range(len(rows)), [row["name"] for row in rows])
     epochs.set(xlabel="seconds an epoch (line: p20 to p80 of the rounds)")
     epochs.margins(x=0.12)
-    epochs.legend(frameon=False, loc="lower right", fontsize="small")
+    epochs.grid(False)
+    epochs.legend(loc="lower right", fontsize="small")
 
     rates: list[tuple[str, float]] = [
         ("eager", rows[0]["images_per_second"]),
@@ -129,11 +131,11 @@ def plot_profile(folder: Path) -> Path:
         xscale="log",
         xlim=(0.5 * min(rate for _, rate in rates), 12 * max(rate for _, rate in rates)),
     )
+    ceilings.xaxis.set_major_formatter("{x:,.9g}")
     ceilings.margins(y=0.1)
-    ceilings.grid(axis="x", alpha=0.3)
+    ceilings.grid(False, axis="y")
     for axes in (epochs, ceilings):
         axes.invert_yaxis()
-        axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
         f"{result['model']}, {result['images_per_epoch']:,} {result['dataset']} images an epoch, batch "
         f"{result['batch_size']}, {result['device']}, {result['date']}",
@@ -141,5 +143,4 @@ def plot_profile(folder: Path) -> Path:
     )
     path = folder / "profile.png"
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     return path

@@ -23,6 +23,7 @@ from fastres.report import study_plots
 from fastres.training.history import check_history
 
 TARGETS = (80, 85, 90)  # % of test accuracy, that the time to is reported
+MAX_NAME = 100  # characters of a figure's file name that come from its title
 FIRST_EPOCHS = 5  # the early part of a run that Study A compares
 SUMMARY: dict[Any, tuple[str, ...]] = {  # what a report tells of a run, by type
     str: ("model", "dataset", "best_selected_on", "device", "loader", "amp"),
@@ -107,18 +108,27 @@ def write_report(folder: Path, price_per_hour: float = 0.0) -> Path:
 
     ``price_per_hour`` adds the cost of each run's training time. Raises UserError where a run's files are missing.
     """
-    study = read_json(folder / "study.json")
+    study = decoded(read_json(folder / "study.json"))
     results = read_results(folder, study)
     content = report(study, results, draw(folder / "figures", study, results), price_per_hour)
-    (folder / "report.md").write_text(content)
-    page = Template((Path(__file__).parent / "study.html").read_text()).substitute(
+    (folder / "report.md").write_text(content, encoding="utf-8")
+    page = Template((Path(__file__).parent / "study.html").read_text(encoding="utf-8")).substitute(
         title=escape(study["title"]),
         scale=escape(scale_line(study)),
         scale_string=json.dumps(scale_line(study), ensure_ascii=False).replace("<", r"\3c "),
         body=inline_pictures(markdown.markdown(content, extensions=["tables"]), folder),
     )
-    (folder / "report.html").write_text(page)
+    (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
+
+
+def decoded(content: Any) -> Any:
+    """``content`` of a JSON file, with the names of files as UTF-8 text.
+
+    Python keeps bytes of a name that the locale cannot decode as surrogates, which no text file or picture can hold.
+    """
+    text = json.dumps(content, ensure_ascii=False).encode(errors="surrogateescape")
+    return json.loads(text.decode(errors="replace"))
 
 
 def read_results(folder: Path, study: dict[str, Any]) -> list[Results]:
@@ -155,7 +165,7 @@ def read_history(folder: Path) -> pd.DataFrame:
 def read_summary(folder: Path) -> dict[str, Any]:
     """A run's summary.json. Raises UserError where it lacks what a study tells of it."""
     path = folder / "summary.json"
-    summary = read_json(path)
+    summary = decoded(read_json(path))
     if not isinstance(summary, dict):
         raise UserError(f"{path}: holds no summary")
     for kind, names in SUMMARY.items():
@@ -166,43 +176,46 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def draw(folder: Path, study: dict[str, Any], results: list[Results]) -> dict[str, str]:
-    """Draws all figures to ``folder``; their paths in the report, by title."""
+    """Draws all figures to ``folder``; their titles, by path in the report."""
     folder.mkdir(exist_ok=True)
     by_name = {result.name: result for result in results}
     note = scale_line(study)
     figures = study["figures"] or [{"title": "Accuracy and loss against epoch", "runs": list(by_name)}]
-    drawn = {
-        figure["title"]: study_plots.curves([by_name[name] for name in figure["runs"]], note) for figure in figures
-    }
-    drawn["Accuracy against seconds of training"] = study_plots.pareto(results, note)
-    drawn["Confusion of the best epoch"] = study_plots.confusion(results, note)
-    paths = {}
-    for title, picture in drawn.items():
-        name = re.sub(r"\W+", "-", title.lower()).strip("-") + ".png"
-        study_plots.save(picture, folder / name)
-        paths[title] = f"{folder.name}/{name}"
-    return paths
+    drawn = [
+        (figure["title"], study_plots.curves([by_name[name] for name in figure["runs"]], note)) for figure in figures
+    ]
+    drawn.append(("Accuracy against seconds of training", study_plots.pareto(results, note)))
+    drawn.append(("Confusion of the best epoch", study_plots.confusion(results, note)))
+    titles: dict[str, str] = {}
+    for title, picture in drawn:
+        name = re.sub(r"[^a-z0-9]+", "-", title.lower())[:MAX_NAME].strip("-") or "figure"
+        while (path := f"{folder.name}/{name}.png") in titles:
+            name += "-2"
+        study_plots.save(picture, folder.parent / path)
+        titles[path] = title
+    return titles
 
 
 def report(study: dict[str, Any], results: list[Results], figures: dict[str, str], price_per_hour: float) -> str:
     """The report as Markdown."""
-    pictures = {title: f"![{title}]({path})" for title, path in figures.items()}
-    *curves, pareto, confusion = pictures
+    *curves, pareto, confusion = (
+        f"{as_markdown(title)}\n\n![{as_markdown(title)}]({path})" for path, title in figures.items()
+    )
     sections = [
-        f"# {study['title']}",
-        f"**{scale_line(study)}**",
+        f"# {as_markdown(study['title'])}",
+        f"**{as_markdown(scale_line(study))}**",
         "## Findings",
-        "\n".join(f"- {finding}" for finding in findings(study, results)),
+        "\n".join(f"- {as_markdown(finding)}" for finding in findings(study, results)),
         "## Accuracy",
         accuracy_table(results),
-        accuracy_notes(study, results),
-        *(f"### {title}\n\n{pictures[title]}" for title in curves),
+        as_markdown(accuracy_notes(study, results)),
+        *(f"### {picture}" for picture in curves),
         "## Cost",
         cost_table(results),
-        cost_notes(results),
-        f"### {pareto}\n\n{pictures[pareto]}",
+        as_markdown(cost_notes(results)),
+        f"### {pareto}",
         time_table(results, price_per_hour),
-        f"## {confusion}\n\n{pictures[confusion]}",
+        f"## {confusion}",
         "## How it was measured",
         provenance(study, results),
     ]
@@ -236,7 +249,7 @@ def accuracy_table(results: list[Results]) -> str:
         estimates = {name: result.estimate(name) for name, _ in metrics.values()}
         constant = ("params_millions", "epochs")  # the same for every seed
         rows.append(
-            [f"**{result.label}**"]
+            [f"**{as_markdown(result.label)}**"]
             + [
                 f"{estimates[name].mean:,.{digits}f}" if name in constant else number(estimates[name], digits)
                 for name, digits in metrics.values()
@@ -283,7 +296,7 @@ def cost_table(results: list[Results]) -> str:
     rows = []
     for result in one_of_each_model(results):
         row = [
-            f"**{result.model}**",
+            f"**{as_markdown(result.model)}**",
             f"{result.forward_gflop:.3f}",
             f"{result.estimate('params_millions').mean:.2f}",
             result.estimate("epoch_seconds").text(),
@@ -329,7 +342,7 @@ def time_table(results: list[Results], price_per_hour: float) -> str:
     rows = []
     for result in results:
         total = result.estimate("train_seconds")
-        row = [f"**{result.label}**", *(time_to(result, target) for target in TARGETS), total.text(1)]
+        row = [f"**{as_markdown(result.label)}**", *(time_to(result, target) for target in TARGETS), total.text(1)]
         if price_per_hour:
             row.append(f"{total.mean / 3600 * price_per_hour:.4f}")
         rows.append(row)
@@ -430,15 +443,15 @@ def eager_finding(result: Results) -> str:
 
 def first_to(results: list[Results], target: float) -> str | None:
     """Which run reached ``target`` % with every seed in the least training time."""
-    times = {
-        result.label: mean(seconds)
+    times = [
+        (mean(seconds), result.label)
         for result in results
         if len(seconds := result.seconds_to(target)) == len(result.histories)
-    }
+    ]
     if not times:
         return None
-    fastest = min(times, key=lambda label: times[label])
-    return f"{target} % is reached first by {fastest}, after {times[fastest]:.1f} s of training."
+    least, fastest = min(times)
+    return f"{target} % is reached first by {fastest}, after {least:.1f} s of training."
 
 
 def provenance(study: dict[str, Any], results: list[Results]) -> str:
@@ -456,7 +469,7 @@ def provenance(study: dict[str, Any], results: list[Results]) -> str:
         dict.fromkeys(f"{name} {number}" for summary in summaries for name, number in summary["versions"].items())
     )
     return "\n".join(
-        f"- {line}"
+        f"- {as_markdown(line)}"
         for line in (
             f"study {study['study']}, begun {study['date']}; seeds {of_all('seed')}",
             f"dataset {of_all('dataset')}: {of_all('train_images')} training images and {of_all('test_images')} test "
@@ -475,15 +488,23 @@ def one_of_each_model(results: list[Results]) -> list[Results]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
+    """A Markdown table, numbers to the right. The cells are Markdown but for a |."""
+    header, *rows = ([cell.replace("|", r"\|") for cell in cells] for cells in (header, *rows))
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def as_markdown(text: str) -> str:
+    """``text`` in one line of Markdown that shows it as it is. In a table, ``table`` does the rest."""
+    text = re.sub(r"[\\`*\[\]#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(text.split()))
+    text = re.sub(r"^(\d*)([-+.)])", r"\1\\\2", text)  # would begin a list
+    return escape(text, quote=False).replace("~", "&#126;")
 
 
 def inline_pictures(html: str, folder: Path) -> str:
     """``html`` with its pictures, which lie under ``folder``, as data URIs."""
 
     def inline(match: re.Match[str]) -> str:
-        return f'src="data:image/png;base64,{base64.b64encode((folder / match[1]).read_bytes()).decode()}"'
+        return f'{match[1]}src="data:image/png;base64,{base64.b64encode((folder / match[2]).read_bytes()).decode()}"'
 
-    return re.sub(r'src="([^"]+\.png)"', inline, html)
+    return re.sub(r'(<img alt="[^"]*" )src="([^"]+)"', inline, html)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from matplotlib import colors
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
+
+from fastres.report.style import number_plainly, styled
 
 if TYPE_CHECKING:
     from fastres.report.study import Results
@@ -21,11 +21,15 @@ if TYPE_CHECKING:
 COLORS = list(colors.TABLEAU_COLORS)
 FEW_EPOCHS = 30  # up to here a point is marked at each
 CONFUSION_COLUMNS = 3
+NOTE: dict[str, Any] = {"fontsize": "small", "color": "0.4"}
 
 
+@styled
 def curves(results: Sequence["Results"], note: str) -> Figure:
     """Accuracy and loss against epoch: mean over seeds, from the lowest to the highest shaded."""
-    figure, (accuracy, loss) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure.suptitle(note, **NOTE)
+    accuracy, loss = figure.subplots(1, 2)
     for color, result in zip(cycle(COLORS), results, strict=False):
         for axes, metric in ((accuracy, "accuracy"), (loss, "loss")):
             over_seeds(axes, result.histories, f"test_{metric}", color)
@@ -42,13 +46,12 @@ def curves(results: Sequence["Results"], note: str) -> Figure:
     ]
     if any("best_accuracy" in result.published for result in results):
         handles.append(Line2D([], [], color="0.3", marker="<", linestyle="", label="published best"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
     accuracy.set(xlabel="epoch", ylabel="accuracy, %")
     loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
     number_plainly(loss.yaxis)
     for axes in (accuracy, loss):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    finish(figure, note)
     return figure
 
 
@@ -61,9 +64,12 @@ def over_seeds(axes: Axes, histories: list[pd.DataFrame], column: str, color: st
         axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
 
 
+@styled
 def pareto(results: Sequence["Results"], note: str) -> Figure:
     """Test accuracy against seconds of training, a point an epoch, and the best that any run has by then."""
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure.suptitle(note, **NOTE)
+    axes = figure.subplots()
     points = []
     for color, result in zip(cycle(COLORS), results, strict=False):
         seconds = np.mean([history["epoch_seconds"].cumsum() for history in result.histories], axis=0)
@@ -77,18 +83,11 @@ def pareto(results: Sequence["Results"], note: str) -> Figure:
     axes.step(times, front, where="post", color="0.2", linewidth=1.6, alpha=0.6, label="Pareto front", zorder=0)
     axes.set(xlabel="seconds of training, evaluation not counted", ylabel="test accuracy, %", xscale="log")
     number_plainly(axes.xaxis)
-    axes.legend(frameon=False, loc="lower right", fontsize="small")
-    finish(figure, note)
+    axes.legend(handles=axes.lines, loc="lower right", fontsize="small")  # named, or it hides labels that begin with _
     return figure
 
 
-def number_plainly(axis: Axis) -> None:
-    """Ticks of a logarithmic axis as plain numbers, at 1, 2 and 5 alone, so that they do not crowd."""
-    plain = FuncFormatter(lambda value, position: f"{value:g}" if f"{value:e}"[0] in "125" else "")
-    axis.set_major_formatter(plain)
-    axis.set_minor_formatter(plain)
-
-
+@styled
 def confusion(results: Sequence["Results"], note: str) -> Figure:
     """Of each run, summed over seeds: the percentage of each true class that was taken for each class."""
     columns = min(len(results), CONFUSION_COLUMNS)
@@ -96,9 +95,9 @@ def confusion(results: Sequence["Results"], note: str) -> Figure:
     classes = list(results[0].summaries[0]["per_class_accuracy"])
     size, turn = ("medium", 0) if len(classes) <= 5 else ("x-small", 90)
     side = max(3.6, 0.55 * len(classes))
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(side * columns, (side + 0.2) * rows), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(side * columns, (side + 0.2) * rows), layout="constrained")
+    figure.suptitle(note, **NOTE)
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes, result in zip(grid.flat, results, strict=False):
         counts = np.sum([summary["confusion_matrix"] for summary in result.summaries], axis=0)
         percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
@@ -110,19 +109,13 @@ def confusion(results: Sequence["Results"], note: str) -> Figure:
         axes.set_yticks(range(len(classes)), classes)
         axes.set_title(result.label, fontsize="medium")
         axes.set(xlabel="predicted", ylabel="true, % of its images")
+        axes.grid(False)
+        axes.spines[:].set_visible(True)
     for axes in grid.flat[len(results) :]:
         axes.set_axis_off()
-    finish(figure, note, grid=False)
     return figure
 
 
-def finish(figure: Figure, note: str, grid: bool = True) -> None:
-    figure.suptitle(note, fontsize="small", color="0.4")
-    for axes in figure.axes if grid else ():
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-
-
+@styled
 def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)

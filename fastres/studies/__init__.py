@@ -87,7 +87,7 @@ def load_study(name: str) -> Study:
     if not path.is_file():
         raise UserError(f"{name}: no such study; there are {', '.join(list_studies())}, or give a .toml file")
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as TOML ({error})") from error
     return _Reader(path).study(content)
