@@ -18,8 +18,8 @@ test: setup
 	$(BIN)/python -m pytest
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-only \
-		--benchmark-json=benchmarks/results/bench-$(MACHINE)-$(shell date +%F).json
+	$(BIN)/python -m pytest --benchmark-only \
+		--benchmark-csv=benchmarks/results/bench-$(MACHINE)-$(shell date +%F).csv
 
 results: setup
 	$(BIN)/python benchmarks/render.py
