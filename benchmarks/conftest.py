@@ -4,7 +4,6 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -56,7 +55,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             "commit": commit(),
         }
         table = pd.DataFrame(rows).to_csv(index=False, float_format="%.6g")
-        Path(path).write_text(f"# {json.dumps(where)}\n{table}", encoding="utf-8")
+        path.write_text(f"# {json.dumps(where)}\n{table}", encoding="utf-8")
 
 
 def tables(rows: list[Row]) -> Iterator[str]:

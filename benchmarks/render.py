@@ -134,10 +134,10 @@ def forward_table(contents: list[Content]) -> str:
 
 def step_table(contents: list[Content]) -> str:
     """A training step of each model, fastres' defaults against the studies' loop."""
-    rows = [
-        [*_model(row), *map(_milliseconds, (eager, row)), f"{eager['times_as_long']:.2f}", _provenance(row)]
-        for row, eager in _newest(contents, "step", "fastres", "eager")
-    ]
+    rows = []
+    for row, eager in _newest(contents, "step", "fastres", "eager"):
+        milliseconds = (f"{1000 * candidate['seconds']:,.1f}" for candidate in (eager, row))
+        rows.append([*_model(row), *milliseconds, f"{eager['times_as_long']:.2f}", _provenance(row)])
     return table(["device", "model", "batch", "eager, ms", "fastres, ms", "x eager", "measured"], rows)
 
 
@@ -215,10 +215,6 @@ def _model(row: Content) -> list[str]:
 
 def _rate(row: Content) -> str:
     return f"{row['images'] / row['seconds']:,.0f}" if row else ""
-
-
-def _milliseconds(row: Content) -> str:
-    return f"{1000 * row['seconds']:,.1f}"
 
 
 def _provenance(where: Content) -> str:

@@ -240,6 +240,18 @@ def test_benchmark_only_shows_a_table_and_keeps_it_for_the_readme(tmp_path):
     assert line in render.render(readme("steps"), [content])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmark-csv=x.csv"], "--benchmark-csv x.csv: needs --benchmark-only"),
+        (["--benchmark-only", "--benchmark-csv=no/x.csv"], "--benchmark-csv no/x.csv: there is no such folder"),
+    ],
+)
+def test_a_table_that_could_not_be_kept_is_refused_before_anything_is_measured(arguments, message):
+    done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (pytest.ExitCode.USAGE_ERROR, f"ERROR: {message}")
+
+
 def test_the_operator_moves_what_the_roofline_counts():
     moved = script("test_batch_norm_relu").tensors_moved
     assert [moved("forward", residual) for residual in (False, True)] == [3, 4]
