@@ -19,8 +19,8 @@ test: .venv/ready
 	$(BIN)/python -m pytest
 
 bench: .venv/ready
-	$(BIN)/python -m pytest benchmarks --benchmark-only \
-		--benchmark-json=benchmarks/results/bench-$(MACHINE)-$(shell date +%F).json
+	$(BIN)/python -m pytest --benchmark-only \
+		--benchmark-csv=benchmarks/results/bench-$(MACHINE)-$(shell date +%F).csv
 
 results: .venv/ready
 	$(BIN)/python benchmarks/render.py

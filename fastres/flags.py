@@ -76,6 +76,13 @@ def in_words(default: Any) -> str:
     return {"None": "auto", "True": "on", "False": "off"}.get(str(default), str(default))
 
 
+class PlainConsole(Console):
+    """A console that raises BrokenPipeError instead of exiting silently."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 def open_console(quiet: bool = False) -> Console:
     """Standard output, which prints text as it is: without rich's markup, emoji codes, colours and line breaks.
 
@@ -83,7 +90,7 @@ def open_console(quiet: bool = False) -> Console:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is another type
         sys.stdout.reconfigure(errors="backslashreplace")
-    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=quiet)
+    return PlainConsole(markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=quiet)
 
 
 def run_command(prog: str, command: Callable[[], object], rank: int = 0, interrupted: str = "interrupted") -> int:
