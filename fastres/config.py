@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from fastres.data.datasets import DATASETS
-from fastres.data.plan import AUGMENTATIONS
+from fastres.data.plan import STEPS, canonical_augmentation
 from fastres.errors import UserError
-from fastres.models import MODELS
+from fastres.models import INITS, MODELS
 
 # the settings that change how fast a run is, and no more than rounding of what it computes
 ENGINE = ("channels_last", "amp", "loader", "fused", "compile", "compile_mode", "cuda_graphs")
@@ -46,6 +46,7 @@ class TrainConfig:
 
     model: str = flag("Model", "architecture", "resnet50", tuple(MODELS))
     zero_gamma: bool = flag("Model", "start the last norm of each residual block at 0", False)
+    init: str = flag("Model", "initial weights; study-b: as that study's code draws them", "default", INITS)
     fused: bool = flag("Model", "fused BatchNorm-(add-)ReLU operator instead of torch's modules", True)
     sync_bn: bool = flag(
         "Model",
@@ -62,7 +63,11 @@ class TrainConfig:
     )
     classes: tuple[str, ...] = flag("Data", "comma-separated subset of the classes; none: all of them", ())
     skip_bad_images: bool = flag("Data", "folder: leave out files that are not readable as images", False)
-    augmentation: str = flag("Data", "augmentation of training images; digits: none", "crop-flip", tuple(AUGMENTATIONS))
+    augmentation: str = flag(
+        "Data",
+        f"steps for training images, joined by dashes: any of {', '.join(STEPS)}; or none; digits: none",
+        "crop-flip",
+    )
     train_fraction: float = flag("Data", "part of the training set to train on, drawn from the seed", 1.0)
     val_fraction: float = flag(
         "Data", "part of the training set to hold out and select the best epoch on; 0: none", 0.0
@@ -154,6 +159,8 @@ class TrainConfig:
         ):
             if not condition:
                 raise UserError(message)
+        # one spelling of equal settings, for config.json and for comparisons
+        object.__setattr__(self, "augmentation", canonical_augmentation(self.augmentation))
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON has them: paths are strings, tuples lists. ``from_json`` reads them back."""
@@ -253,8 +260,10 @@ def recipe_defaults(recipe: str, model: str) -> dict[str, Any]:
     if recipe == "study-b":
         return published | {
             "dataset": "cifar10",
+            "init": "study-b",
             "augmentation": "crop-flip",
             "epochs": 100,
+            "eval_batch_size": 128,
             "drop_last": False,
             "lr": 0.01 if model == "vgg19_4096" else 0.1,
             "schedule": "multistep",

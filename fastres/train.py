@@ -23,6 +23,7 @@ from fastres.config import (
     read_json,
 )
 from fastres.data.datasets import Dataset, Track, load_dataset
+from fastres.data.plan import canonical_augmentation
 from fastres.errors import Interrupted, UserError
 from fastres.report.plots import plot_curves
 from fastres.report.tables import summary_table
@@ -166,6 +167,8 @@ def settings_of_run(folder: Path, config: TrainConfig, given: dict[str, Any], ma
 
     Raises UserError where one of them differs that must not.
     """
+    if "augmentation" in given:
+        given = given | {"augmentation": canonical_augmentation(given["augmentation"])}
     for name, value in given.items():
         if name not in may_differ and value != getattr(config, name):
             flag = as_flag(name, value)
