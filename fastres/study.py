@@ -261,7 +261,10 @@ def describe(study: Study, config: StudyConfig, overrides: dict[str, Any], plann
         "data_scale": config.data_scale,
         "overrides": {name.replace("_", "-"): str(value) for name, value in overrides.items() if name != "data_dir"},
         "runs": runs,
+        "notes": study.notes,
+        "repeated": study.repeated,
         "figures": [vars(figure) for figure in study.figures],
+        "phases": [vars(phase) for phase in study.phases],
         "conjectures": [vars(conjecture) for conjecture in study.conjectures],
     }
 

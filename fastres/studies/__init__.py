@@ -4,12 +4,15 @@ A file holds::
 
     title = "..."                     # of the report
     source = "..."                    # optional: where the published figures are from
+    notes = ["..."]                   # optional: sentences about the source, for the report
     include = ["architecture/vgg16"]  # optional: runs of built-in studies, with their flags and published figures
     [flags]                           # optional: flags of fastres.train that all of this file's own runs share
     [runs.NAME]                       # label, flags, published (its keys: METRICS), all optional
     [variants.NAME]                   # optional: label and flags; each run is done once in every variant
+    [repeated]                        # optional: METRIC = [...], figures that the source has for one and the same run
     [[figures]]                       # optional: title and runs; otherwise one figure shows all runs
-    [[conjectures]]                   # optional: see Conjecture
+    [[phases]]                        # optional: label and epochs = [FIRST, LAST], see Phase
+    [[conjectures]]                   # optional: text, expect, metric, and runs, or before and after, see Conjecture
 """
 
 import difflib
@@ -27,7 +30,12 @@ METRICS = (
     "best_accuracy", "last_accuracy", "mean_accuracy", "spread", "test_loss", "params_millions", "epochs",
     "epoch_seconds",
 )  # fmt: skip
-EXPECTATIONS = ("grows", "stays positive")
+EXPECTATIONS = {  # of a conjecture: the keys that name its runs
+    "grows": ("before", "after"),
+    "stays positive": ("before", "after"),
+    "higher": ("runs",),
+    "lower": ("runs",),
+}
 RESERVED = {"seed": "--seeds gives the seeds", "output_dir": "the study names the folders of its runs"}
 
 
@@ -50,16 +58,26 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Conjecture:
-    """A claim about the difference in best accuracy between two runs, ``first - second``, before and after a change.
+class Phase:
+    """The first and the last epoch, from 1, whose test accuracies the report sums up; ``--scale`` scales both."""
 
-    ``expect``: the difference ``grows`` from before to after, or it ``stays positive``.
+    label: str
+    epochs: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Conjecture:
+    """A claim about the difference in ``metric`` between two runs, ``first - second``, by default in best accuracy.
+
+    ``expect``: the first is ``higher`` or ``lower``; in TOML, ``runs`` names the two, here both ``before`` and
+    ``after`` do. Or about two such pairs, before and after a change: the difference ``grows``, or ``stays positive``.
     """
 
     text: str
     expect: str
     before: tuple[str, str]
     after: tuple[str, str]
+    metric: str = "best_accuracy"
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,9 @@ class Study:
     runs: tuple[RunDefinition, ...]
     figures: tuple[Figure, ...]
     conjectures: tuple[Conjecture, ...]
+    notes: tuple[str, ...] = ()
+    repeated: dict[str, list[float]] = field(default_factory=dict)
+    phases: tuple[Phase, ...] = ()
 
 
 def list_studies() -> list[str]:
@@ -99,7 +120,8 @@ class _Reader:
         self.path = path
 
     def study(self, content: dict[str, Any]) -> Study:
-        keys = ("title", "source", "include", "flags", "runs", "variants", "figures", "conjectures")
+        keys = ("title", "source", "notes", "include", "flags", "runs", "variants", "repeated", "figures", "phases",
+                "conjectures")  # fmt: skip
         self.check_keys("", content, keys)
         shared = self.flags("flags", self.table(content, "flags"))
         runs = [self.included(name) for name in self.strings("include", content.get("include", []))]
@@ -121,6 +143,9 @@ class _Reader:
             runs=tuple(runs),
             figures=tuple(self.figure(item, names) for item in self.tables(content, "figures")),
             conjectures=tuple(self.conjecture(item, names) for item in self.tables(content, "conjectures")),
+            notes=self.strings("notes", content.get("notes", [])),
+            repeated=self.repeated(self.table(content, "repeated")),
+            phases=tuple(self.phase(item) for item in self.tables(content, "phases")),
         )
 
     def run(self, where: str, name: str, value: Any) -> RunDefinition:
@@ -170,16 +195,31 @@ class _Reader:
             self.string("figures.title", value.get("title")), self.names("figures.runs", value.get("runs"), names)
         )
 
+    def repeated(self, values: dict[str, Any]) -> dict[str, list[float]]:
+        self.check_keys("repeated.", values, METRICS)
+        for key, numbers in values.items():
+            if not isinstance(numbers, list) or len(numbers) < 2 or not all(is_a(item, float) for item in numbers):
+                raise UserError(f"{self.path}: repeated.{key}: must be a list of two numbers or more, not {numbers!r}")
+        return values
+
+    def phase(self, value: dict[str, Any]) -> Phase:
+        self.check_keys("phases.", value, ("label", "epochs"))
+        epochs: Any = value.get("epochs")
+        if not is_a(epochs, tuple[int, ...]) or len(epochs) != 2 or not 1 <= epochs[0] < epochs[1]:
+            raise UserError(f"{self.path}: phases.epochs: must be the first and the last, for instance [10, 50]")
+        return Phase(self.string("phases.label", value.get("label")), (epochs[0], epochs[1]))
+
     def conjecture(self, value: dict[str, Any], names: Collection[str]) -> Conjecture:
-        self.check_keys("conjectures.", value, ("text", "expect", "before", "after"))
-        if value.get("expect") not in EXPECTATIONS:
-            raise UserError(f"{self.path}: conjectures.expect: must be one of {', '.join(EXPECTATIONS)}")
-        pairs = [self.names(f"conjectures.{key}", value.get(key), names) for key in ("before", "after")]
+        expect = self.one_of("conjectures.expect", value.get("expect"), EXPECTATIONS)
+        metric = self.one_of("conjectures.metric", value.get("metric", Conjecture.metric), METRICS)
+        keys = EXPECTATIONS[expect]
+        self.check_keys("conjectures.", value, ("text", "expect", "metric", *keys))
+        pairs = [self.names(f"conjectures.{key}", value.get(key), names) for key in keys]
         if any(len(pair) != 2 for pair in pairs):
-            raise UserError(f"{self.path}: conjectures: before and after must name two runs each")
-        (first, second), (third, fourth) = pairs
+            raise UserError(f"{self.path}: conjectures: {' and '.join(keys)} must name two runs each")
+        (first, second), (third, fourth) = pairs[0], pairs[-1]
         text = self.string("conjectures.text", value.get("text"))
-        return Conjecture(text, value["expect"], (first, second), (third, fourth))
+        return Conjecture(text, expect, (first, second), (third, fourth), metric)
 
     def check_keys(self, prefix: str, values: Mapping[str, Any], known: Collection[str]) -> None:
         for key in values:
@@ -207,6 +247,11 @@ class _Reader:
     def string(self, where: str, value: Any) -> str:
         if not isinstance(value, str):
             raise UserError(f"{self.path}: {where}: must be a string, not {value!r}")
+        return value
+
+    def one_of(self, where: str, value: Any, known: Collection[str]) -> str:
+        if not isinstance(value, str) or value not in known:
+            raise UserError(f"{self.path}: {where}: must be one of {', '.join(known)}")
         return value
 
     def strings(self, where: str, value: Any) -> tuple[str, ...]:
