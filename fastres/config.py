@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from fastres.data.datasets import DATASETS
-from fastres.data.plan import AUGMENTATIONS
+from fastres.data.plan import STEPS, canonical_augmentation
 from fastres.errors import UserError
 from fastres.fields import as_flag, check_fields, flag
-from fastres.models import MODELS
+from fastres.models import INITS, MODELS
 from fastres.training.optimizer import OPTIMIZERS
 from fastres.training.schedule import SCHEDULES
 
@@ -54,8 +54,10 @@ def study_a(model: str) -> dict[str, Any]:
 def study_b(model: str) -> dict[str, Any]:
     return PUBLISHED | {
         "dataset": "cifar10",
+        "init": "study-b",
         "augmentation": "crop-flip",
         "epochs": 100,
+        "eval_batch_size": 128,
         "lr": 0.01 if model == "vgg19_4096" else 0.1,
         "schedule": "multistep",
         "milestones": (50, 75),
@@ -84,6 +86,7 @@ class TrainConfig:
 
     model: str = flag("Model", "architecture", "resnet50", tuple(MODELS))
     zero_gamma: bool = flag("Model", "start the last norm of each residual block at 0", False)
+    init: str = flag("Model", "initial weights; study-b: as that study's code draws them", "default", INITS)
     fused: bool | None = flag(
         "Model",
         "fused BatchNorm-(add-)ReLU operator instead of torch's modules; auto: where its kernels can run",
@@ -104,7 +107,11 @@ class TrainConfig:
     )
     classes: tuple[str, ...] = flag("Data", "comma-separated subset of the classes; none: all of them", ())
     skip_bad_images: bool = flag("Data", "folder: leave out files that are not readable as images", False)
-    augmentation: str = flag("Data", "augmentation of training images; digits: none", "crop-flip", tuple(AUGMENTATIONS))
+    augmentation: str = flag(
+        "Data",
+        f"steps for training images, joined by dashes: any of {', '.join(STEPS)}; or none; digits: none",
+        "crop-flip",
+    )
     train_fraction: float = flag(
         "Data", "part of the training set to train on, drawn from the seed", 1.0, interval="(0, 1]"
     )
@@ -194,6 +201,8 @@ class TrainConfig:
         ):
             if not fits:
                 raise UserError(message)
+        # one spelling of equal settings, for config.json and for comparisons
+        object.__setattr__(self, "augmentation", canonical_augmentation(self.augmentation))
 
 
 def over_recipe(given: Mapping[str, Any]) -> dict[str, Any]:

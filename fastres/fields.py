@@ -7,12 +7,13 @@ import math
 import os
 import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import MISSING, asdict, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
-from fastres.errors import UserError
+from fastres.errors import UserError, named
 
 T = TypeVar("T")
 
@@ -57,6 +58,7 @@ KINDS: dict[Any, Kind] = {
     tuple[str, ...]: Kind("a list of strings", comma_separated_names),
     tuple[int, ...]: Kind("a list of integers", comma_separated_integers),
 }
+PLURALS = {str: "strings", int: "integers", float: "numbers"}
 
 
 def required(kind: Any) -> Any:
@@ -65,32 +67,32 @@ def required(kind: Any) -> Any:
 
 
 def read_value(value: Any, kind: Any, where: str) -> Any:
-    """A ``value`` of TOML or JSON as ``kind``: a key of KINDS, a dataclass, or a tuple or dict of these.
+    """A ``value`` of TOML or JSON as ``kind``: a key of KINDS, a dataclass, Any, or a tuple or dict of these.
 
     An integer is a number, too; infinity and NaN are not. ``where`` names the value in the error.
     """
-    if value is None and NoneType in get_args(kind):
-        return None
+    if kind is Any or (value is None and NoneType in get_args(kind)):
+        return value
     kind = required(kind)
     if isinstance(kind, type) and is_dataclass(kind):
         return read_table(kind, value, where)
-    if kind in KINDS:
-        if not has_type(value, kind):
-            raise UserError(f"{where}: must be {KINDS[kind].words}, not {reprlib.repr(value)}")
-        convert = path if kind is Path else get_origin(kind) or kind
-        return convert(value)
-    item = get_args(kind)[0 if get_origin(kind) is tuple else 1]
+    if get_origin(kind) is dict:
+        return {
+            key: read_value(part, get_args(kind)[1], f"{where}.{key}")
+            for key, part in check_table(value, where).items()
+        }
     if get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise UserError(f"{where}: must be a list of tables, not {reprlib.repr(value)}")
+        item = get_args(kind)[0]
+        if not isinstance(value, list | tuple) or (item in KINDS and not all(has_type(part, item) for part in value)):
+            raise UserError(f"{where}: must be a list of {PLURALS.get(item, 'tables')}, not {reprlib.repr(value)}")
         return tuple(read_value(part, item, where) for part in value)
-    return {key: read_value(part, item, f"{where}.{key}") for key, part in check_table(value, where).items()}
+    if not has_type(value, kind):
+        raise UserError(f"{where}: must be {KINDS[kind].words}, not {reprlib.repr(value)}")
+    return path(value) if isinstance(value, str) and kind is Path else kind(value)
 
 
 def has_type(value: Any, kind: Any) -> bool:
-    """Whether ``value``, of TOML, JSON or Python, is of ``kind``, a key of KINDS."""
-    if get_origin(kind) is tuple:
-        return isinstance(value, list | tuple) and all(has_type(item, get_args(kind)[0]) for item in value)
+    """Whether ``value``, of TOML, JSON or Python, is of the scalar ``kind``."""
     if kind is float:
         return type(value) in (int, float) and -math.inf < value < math.inf
     return type(value) is kind or (kind is Path and isinstance(value, str | Path))
@@ -110,7 +112,9 @@ def read_table(cls: type[T], values: Any, where: str = "") -> T:
     for item in fields(cls):  # type: ignore[arg-type]
         if item.default is item.default_factory is MISSING and item.name not in given:
             raise UserError(f"{prefix}{item.name}: is missing")
-    return cls(**{name: read_value(value, hints[name], prefix + name) for name, value in given.items()})
+    read = {name: read_value(value, hints[name], prefix + name) for name, value in given.items()}
+    with named(where) if where else nullcontext():
+        return cls(**read)
 
 
 def check_names(given: Collection[str], known: Collection[str], prefix: str = "") -> None:

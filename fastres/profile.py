@@ -18,7 +18,7 @@ from rich.console import Console
 
 from fastres.config import ENGINE, TrainConfig
 from fastres.data.datasets import DATASETS, Dataset, load_dataset, synthetic
-from fastres.data.plan import AUGMENTATIONS
+from fastres.data.plan import STEPS
 from fastres.errors import UserError
 from fastres.fields import as_json, check_fields, flag
 from fastres.files import claimed, new_folder, write_json
@@ -67,7 +67,9 @@ class ProfileConfig:
     data_dir: Path = same_flag("data_dir")
     classes: tuple[str, ...] = same_flag("classes")
     skip_bad_images: bool = same_flag("skip_bad_images")
-    augmentation: str = flag("Data", "augmentation of training images", "crop-flip", tuple(AUGMENTATIONS))
+    augmentation: str = flag(
+        "Data", f"steps for training images, joined by dashes: any of {', '.join(STEPS)}; or none", "crop-flip"
+    )
     workers: int = same_flag("workers")
 
     batch_size: int | None = flag("Engine", "training images a step; auto: 128 on CUDA, 32 on a CPU", None)

@@ -264,8 +264,20 @@ def describe(study: Study, config: StudyConfig, overrides: dict[str, Any], plann
         "data_scale": config.data_scale,
         "overrides": {name.replace("_", "-"): str(value) for name, value in overrides.items() if name != "data_dir"},
         "runs": runs,
+        "notes": study.notes,
+        "repeated": study.repeated,
         "figures": [vars(figure) for figure in study.figures],
-        "conjectures": [vars(conjecture) for conjecture in study.conjectures],
+        "phases": [vars(phase) for phase in study.phases],
+        "conjectures": [
+            {
+                "text": item.text,
+                "expect": item.expect,
+                "metric": item.metric,
+                "before": item.before or item.runs,
+                "after": item.after or item.runs,
+            }
+            for item in study.conjectures
+        ],
     }
 
 

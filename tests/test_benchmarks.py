@@ -356,7 +356,9 @@ def test_runs_are_kept_and_shown_with_their_command(between, tmp_path):
         "date": "2026-01-02 03:04", "dataset": "digits",
     }  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    (tmp_path / "config.json").write_text(json.dumps({"asked": {"data_dir": "/home/me/x", "lr": 1.0}, "chosen": {"amp": "off"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"asked": {"data_dir": "/home/me/x", "lr": 1.0}, "chosen": {"amp": "off"}})
+    )
     run = keep_run.kept(tmp_path)
     assert run["config"] == {"data_dir": None, "output_dir": None, "lr": 1.0, "amp": "off"}
     command = "python -m fastres.train --data-dir DIR --lr 1"

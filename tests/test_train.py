@@ -134,6 +134,8 @@ def test_help_groups_the_flags(command_line):
         (["--recipe", "study-a", "--warmup-epochs", "1"], "--warmup-epochs 1: needs another --schedule"),
         (["--compile-mode", "max-autotune"], "--compile-mode max-autotune: needs --compile"),
         (["--zero-gamma"], "--zero-gamma: vgg11 has no residual blocks"),
+        (["--augmentation", "crop-blur"], "--augmentation 'crop-blur': .*; the steps are crop, flip, cutout, erasing"),
+        (["--augmentation", "flip-flip"], "--augmentation 'flip-flip': must be none, or .* each at most once"),
         (["--amp", "fp16"], "--amp fp16: needs a GPU"),
         (["--classes", "dark,cow"], "--classes: .* has no cow; it has bright, dark"),
         (["--resume", "nowhere"], "--resume nowhere: no such file"),
@@ -342,6 +344,15 @@ def test_resume_of_another_model(command_line, flags, tmp_path):
         assert re.search(message, command_line.one_line("--eval", tmp_path / "run", *arguments))
 
 
+def test_the_spelling_of_an_augmentation_does_not_matter(command_line, flags, tmp_path):
+    assert command_line(*flags, "--augmentation", "erasing-flip-crop") == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["augmentation"] == "crop-flip-erasing"
+    assert command_line("--resume", tmp_path / "run", "--epochs", 3, "--augmentation", "crop-erasing-flip") == 0
+    message = command_line.one_line("--resume", tmp_path / "run", "--augmentation", "flip-crop")
+    assert "--augmentation crop-flip: " in message
+    assert "is a run with crop-flip-erasing; leave the flag off" in message
+
+
 def test_fewer_epochs_than_are_done(command_line, flags, tmp_path):
     assert command_line(*flags, "--epochs", 3) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -373,11 +384,11 @@ def test_the_studies_settings_are_the_published_ones(recipe, model, expected):
     published = {
         "study-a": {
             "dataset": "mini-cifar10", "augmentation": "none", "eval_batch_size": 100, "lr": 0.01,
-            "schedule": "constant",
+            "schedule": "constant", "init": "default",
         },
         "study-b": {
             "dataset": "cifar10", "augmentation": "crop-flip", "epochs": 100, "schedule": "multistep",
-            "milestones": (50, 75),
+            "milestones": (50, 75), "init": "study-b", "eval_batch_size": 128,
         },
     }  # fmt: skip
     expected = published[recipe] | expected

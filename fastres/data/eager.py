@@ -112,4 +112,7 @@ class _PlannedImages(Dataset):
             row, column = plan.cutout[i].astype(int).tolist()
             half = CUTOUT_SIZE // 2
             tensor[:, max(row - half, 0) : row + half, max(column - half, 0) : column + half] = 0
+        if plan.erasing is not None:
+            top, left, height, width = plan.erasing[i].astype(int).tolist()
+            tensor[:, top : top + height, left : left + width] = 0
         return tensor, int(self.split.labels[index])

@@ -60,7 +60,9 @@ class Run:
         self.validation_loader = self._evaluation_loader(validation) if validation else None
 
         torch.manual_seed(config.seed)
-        model = create_model(config.model, len(dataset.classes), config.zero_gamma, bool(config.fused), config.sync_bn)
+        model = create_model(
+            config.model, len(dataset.classes), config.zero_gamma, bool(config.fused), config.sync_bn, config.init
+        )
         steps = steps_per_epoch(config, len(dataset.train))
         self.trainer = Trainer(model, config, self.device, len(dataset.classes), steps)
         if distributed.rank() > 0:

@@ -1,7 +1,7 @@
 """From flags to a Run: a new one, one that goes on, or a finished one that is evaluated again."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,11 @@ def choose_dataset(
 
 def settings_of_run(folder: Path, config: TrainConfig, flags: dict[str, Any], may_differ: set[str]) -> dict[str, Any]:
     """The settings ``config`` of the run in ``folder``, with ``flags``, of which only ``may_differ`` may change it."""
+    before = replace(config, output_dir=folder)
+    after = replace(before, **flags)
     for name, value in flags.items():
-        if name not in may_differ and value != getattr(config, name):
+        if name not in may_differ and getattr(after, name) != getattr(before, name):
             raise UserError(
-                f"{as_flag(name, value)}: {folder} is a run with {getattr(config, name)}; leave the flag off"
+                f"{as_flag(name, value)}: {folder} is a run with {getattr(before, name)}; leave the flag off"
             )
-    return {**vars(config), **flags, "output_dir": folder}
+    return vars(after)

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from torchvision.transforms import functional as F
 
 from fastres.data import choose_loader, create_loader
 from fastres.data.dali import DECODE_BATCH_LARGE, decode
 from fastres.data.datasets import Dataset, Split, decode_image, folder
-from fastres.data.plan import AUGMENTATIONS, EpochPlan, evaluation_plan, training_plan
+from fastres.data.plan import STEPS, EpochPlan, evaluation_plan, training_plan
 from fastres.errors import UserError
 from tests.conftest import write_folder
 
 LOADERS = ("dali", "eager")
+AUGMENTATIONS = ("none", "crop-flip", "crop-flip-cutout", "erasing", "-".join(STEPS))
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
@@ -54,6 +56,9 @@ def reference(dataset: Dataset, split: Split, plan: EpochPlan) -> np.ndarray:
         if plan.cutout is not None:
             rows, columns = (np.abs(np.arange(32) - centre + 0.5) < 8 for centre in plan.cutout[i])
             image[np.ix_(rows, columns)] = 0
+        if plan.erasing is not None:
+            top, left, height, width = plan.erasing[i].astype(int)
+            image[top : top + height, left : left + width] = 0
         out.append(image.transpose(2, 0, 1))
     return np.stack(out)
 
@@ -84,6 +89,17 @@ def test_batches_are_what_the_plan_says(name, augmentation, device, arrays):
         images, labels = epoch_of(loader, epoch)
         np.testing.assert_array_equal(labels, plan.order)
         np.testing.assert_allclose(images, reference(arrays, split, plan), atol=2e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LOADERS)
+def test_erasing_is_torchvisions(name, device, arrays):
+    boxes = [(0, 0, 0, 0), (0, 0, 31, 31), (3, 7, 12, 5), (30, 31, 2, 1), (31, 0, 1, 31)]
+    plan = EpochPlan(np.arange(5), erasing=np.array(boxes, np.float32))
+    erased, _ = epoch_of(make_loader(name, arrays.train, lambda epoch: plan, arrays, device=device))
+    whole, _ = epoch_of(make_loader(name, arrays.train, lambda epoch: evaluation_plan(5), arrays, device=device))
+    expected = [F.erase(image, *box, torch.zeros(1)) for image, box in zip(whole, boxes, strict=True)]
+    torch.testing.assert_close(erased, torch.stack(expected), rtol=0, atol=0)
 
 
 @pytest.mark.gpu
