@@ -4,7 +4,7 @@
 # make setup   set up, also where that is done already: after another torch or a compiler was installed
 # make results render the README's tables from benchmarks/results/
 
-PYTHON ?= python3
+PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
 ARGS ?= --model resnet50 --dataset digits
 BIN := .venv/bin
 MACHINE := $(shell (nvidia-smi --query-gpu=name --format=csv,noheader || sed -n 's/^model name.*: //p' /proc/cpuinfo) \
