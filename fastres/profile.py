@@ -89,9 +89,9 @@ class ProfileConfig:
         check_fields(self)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.profile") -> int:
     """Runs the command line and returns its exit code, which ``run_command`` describes."""
-    parser = Parser("python -m fastres.profile", description=__doc__)
+    parser = Parser(prog, description=__doc__)
     add_flags(parser, ProfileConfig)
     distributed.refuse(parser)
 

@@ -99,10 +99,10 @@ class PlannedRun:
         return (self.folder / "summary.json").exists()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.study") -> int:
     """Runs the command line and returns its exit code, which ``run_command`` describes."""
     parser = Parser(
-        "python -m fastres.study",
+        prog,
         description="Trains all the runs of a study, each as fastres.train does, and writes its report. Flags of "
         "fastres.train replace the study's own in all of its runs.",
     )

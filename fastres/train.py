@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastres.config import TrainConfig
+from fastres.config import TrainConfig, read_settings
 from fastres.data.datasets import load_dataset
 from fastres.errors import UserError
 from fastres.fields import path
@@ -27,9 +27,9 @@ from fastres.training.run import Run
 from fastres.training.start import open_run
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.train") -> int:
     """Runs the command line and returns its exit code, which ``run_command`` describes."""
-    parser = Parser("python -m fastres.train", description=__doc__)
+    parser = Parser(prog, description=__doc__)
     add_flags(parser, TrainConfig)
     actions = parser.add_argument_group("Instead of a new run").add_mutually_exclusive_group()
     actions.add_argument("--resume", type=path, metavar="PATH", help="go on with the run of this folder or last.pt")
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(flags: dict[str, Any], resume: Path | None, console: Console) -> dict[str, Any]:
     """Trains a run of ``flags``, or the rest of the run ``resume``, and returns the summary."""
     run = open_run(flags, resume, say=console.print, load=partial(load_dataset, track=tracked(console)))
-    summary = fit(run, console)
+    summary = show_progress(run, console)
     if distributed.rank() == 0:
         picture = plot_curves(run.folder, f"{summary['model']} on {summary['dataset']}")
         console.print(summary_table(summary))
@@ -64,7 +64,20 @@ def train(flags: dict[str, Any], resume: Path | None, console: Console) -> dict[
     return summary
 
 
-def fit(run: Run, console: Console) -> dict[str, Any]:
+def fit(*, resume: str | Path | None = None, quiet: bool = False, **settings: Any) -> dict[str, Any]:
+    """Trains as ``python -m fastres.train`` does, and returns the content of the run's summary.json.
+
+        fastres.fit(model="resnet18", dataset="cifar10", epochs=10)["last_accuracy"]
+
+    Args:
+        resume: the folder or last.pt of a run to go on with.
+        quiet: print nothing.
+        settings: the command's flags, with underscores; ``output_dir`` is the run's folder.
+    """
+    return train(read_settings(settings), path(str(resume)) if resume else None, open_console(quiet))
+
+
+def show_progress(run: Run, console: Console) -> dict[str, Any]:
     """Trains with a progress bar and a line for each epoch. SIGINT and SIGTERM stop the run after the step."""
     with progress_bar(console) as progress:
 

@@ -19,11 +19,11 @@ import tomllib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from fastres.config import TrainConfig
+from fastres.config import read_settings
 from fastres.errors import UserError, named
-from fastres.fields import check_names, read_table, read_value
+from fastres.fields import check_names, read_table
 
 BUILT_IN = Path(__file__).parent
 METRICS = (
@@ -197,14 +197,12 @@ def definitions(where: str, tables: dict[str, RunTable]) -> list[RunDefinition]:
 
 
 def read_flags(where: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Settings of TrainConfig from ``values``, whose keys are flags without the two dashes in front."""
-    settings = {key.replace("-", "_"): value for key, value in values.items()}
-    hints = get_type_hints(TrainConfig)
-    check_names(settings, hints, f"{where}.")
+    """The settings in ``values``, whose keys are flags without the two dashes in front."""
+    settings = read_settings(values, where)
     for name in settings:
         if name in RESERVED:
             raise UserError(f"{where}.{name}: leave it out; {RESERVED[name]}")
-    return {name: read_value(value, hints[name], f"{where}.{name}") for name, value in settings.items()}
+    return settings
 
 
 def included(name: str, item: str) -> RunDefinition:

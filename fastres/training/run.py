@@ -97,10 +97,15 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The content of config.json: the settings as asked for, those chosen instead, and the class names."""
+        """The content of config.json: the settings as asked for, those chosen instead, and the data's properties."""
         asked, config = as_json(self.asked), as_json(self.config)
-        chosen = {name: value for name, value in config.items() if value != asked[name]}
-        return {"asked": asked, "chosen": chosen, "class_names": list(self.dataset.classes)}
+        return {
+            "asked": asked,
+            "chosen": {name: value for name, value in config.items() if value != asked[name]},
+            "class_names": list(self.dataset.classes),
+            "mean": list(self.dataset.mean),
+            "std": list(self.dataset.std),
+        }
 
     @cached_property
     def train_loader(self) -> Loader:

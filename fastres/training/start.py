@@ -8,7 +8,7 @@ from typing import Any
 from fastres.config import DATASET_DEFAULTS, ENGINE, TrainConfig, check_effect, over_recipe
 from fastres.data.datasets import Dataset, load_dataset
 from fastres.errors import UserError, named
-from fastres.fields import as_flag, read_table, read_value
+from fastres.fields import as_flag, read_table
 from fastres.files import read_json
 from fastres.training import distributed
 from fastres.training.checkpoint import read_checkpoint
@@ -26,31 +26,42 @@ Say = Callable[[str], object]  # prints a line
 
 
 @dataclass(frozen=True)
+class Record:
+    """The content of config.json, as ``Run.record`` makes it."""
+
+    asked: dict[str, Any]
+    chosen: dict[str, Any]
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Saved:
     """The settings of an earlier run, from its config.json or checkpoint.
 
     asked: as given on the command line and by recipe and dataset, with ``auto``.
     config: with every ``auto`` replaced.
-    class_names: of its dataset.
+    class_names, mean, std: of its dataset.
     """
 
     asked: TrainConfig
     config: TrainConfig
     class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def read_saved(record: Any, source: object) -> Saved:
     """Parses ``record``, which ``Run.record`` wrote."""
     with named(source):
-        if not isinstance(record, dict) or not record.keys() >= {"asked", "chosen", "class_names"}:
-            raise UserError("holds no settings; is it of another version of fastres?")
-        asked, chosen, classes = (record[name] for name in ("asked", "chosen", "class_names"))
-        if not isinstance(asked, dict) or not isinstance(chosen, dict):
-            raise UserError("holds no settings")
+        content = read_table(Record, record)
         return Saved(
-            read_table(TrainConfig, asked),
-            read_table(TrainConfig, asked | chosen),
-            read_value(classes, tuple[str, ...], "class_names"),
+            read_table(TrainConfig, content.asked),
+            read_table(TrainConfig, content.asked | content.chosen),
+            content.class_names,
+            content.mean,
+            content.std,
         )
 
 
