@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, partial
@@ -18,7 +17,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 import fastres
 from fastres.config import ENGINE, TrainConfig
@@ -29,6 +27,7 @@ from fastres.errors import Interrupted, RunError, UserError
 from fastres.models import create_model
 from fastres.training import distributed
 from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights, write_atomically
+from fastres.training.event_log import EventLog
 from fastres.training.hardware import (
     check_extension,
     choose_amp,
@@ -149,18 +148,16 @@ class Run:
             self.warm_up_seconds = self.trainer.warm_up()
             if not self.resumed:
                 self._save()
-            writes = distributed.rank() == 0
-            with SummaryWriter(str(self.folder), purge_step=len(self.history) + 1) if writes else nullcontext() as log:
-                while len(self.history) < self.config.epochs:
-                    epoch = self.epoch or Epoch.begin(len(self.history), self.trainer.device)
-                    self.epoch = None
-                    row = self._finish(self._train(epoch, on_step, signalled))
-                    for name, value in row.items():
-                        if log and name != "epoch":
-                            log.add_scalar(name, value, row["epoch"])
-                    on_epoch(row)
+            log = EventLog(self.folder, len(self.history) + 1) if distributed.rank() == 0 else None
+            while len(self.history) < self.config.epochs:
+                epoch = self.epoch or Epoch.begin(len(self.history), self.trainer.device)
+                self.epoch = None
+                row = self._finish(self._train(epoch, on_step, signalled))
+                if log:
+                    log.add(row)
+                on_epoch(row)
             summary = self._summary()
-            if writes:
+            if log:
                 write_json(self.folder / "summary.json", summary)
             return summary
 
