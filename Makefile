@@ -1,9 +1,10 @@
 # make train   set up if needed, then train (ARGS="--model vgg16 --dataset cifar10" passes flags on)
 # make test    set up if needed, then run the whole test suite
 # make bench   set up if needed, then run the benchmarks into benchmarks/results/
+# make setup   set up, also where that is done already: after another torch or a compiler was installed
 # make results render the README's tables from benchmarks/results/
 
-PYTHON ?= python3
+PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
 ARGS ?= --model resnet50 --dataset digits
 BIN := .venv/bin
 MACHINE := $(shell (nvidia-smi --query-gpu=name --format=csv,noheader || sed -n 's/^model name.*: //p' /proc/cpuinfo) \
@@ -11,20 +12,22 @@ MACHINE := $(shell (nvidia-smi --query-gpu=name --format=csv,noheader || sed -n 
 
 .PHONY: train test bench results setup
 
-train: setup
+train: .venv/ready
 	$(BIN)/python -m fastres.train $(ARGS)
 
-test: setup
+test: .venv/ready
 	$(BIN)/python -m pytest
 
-bench: setup
-	$(BIN)/python -m pytest benchmarks --benchmark-only \
-		--benchmark-json=benchmarks/results/bench-$(MACHINE)-$(shell date +%F).json
+bench: .venv/ready
+	$(BIN)/python -m pytest --benchmark-only \
+		--benchmark-csv=benchmarks/results/bench-$(MACHINE)-$(shell date +%F).csv
 
-results: setup
+results: .venv/ready
 	$(BIN)/python benchmarks/render.py
 
-setup: .venv/ready
+setup:
+	@rm -f .venv/ready
+	@$(MAKE) --no-print-directory .venv/ready
 
 .venv/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and \

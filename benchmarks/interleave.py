@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
-from fastres.training.trainer import capture
+from fastres.training.cuda_graph import capture
 
+Row = dict[str, Any]  # a line of a result file
 GPU_BYTES = 2**30  # many times what a GPU's cache holds, and so much that its start takes a small part of the time
 
 
@@ -48,18 +50,16 @@ def kernels_alone(run: Callable[[], object], pool: object = None) -> Callable[[]
     return graph.replay
 
 
-def percentiles(values: np.ndarray) -> dict[str, float]:
-    """The 20th, 50th and 80th percentile."""
-    return {f"p{p}": float(np.percentile(values, p)) for p in (20, 50, 80)}
+def rows_of(benchmark: str, case: str, images: int | None, device: str, seconds: Mapping[str, np.ndarray]) -> list[Row]:
+    """A row for each candidate in `seconds`, `[rounds]`, of a pass over `images`; None for a time of its own.
 
-
-def ratios(seconds: Mapping[str, np.ndarray], of: str) -> dict[str, dict[str, float]]:
-    """How many times as long as `of` every other candidate took: p20, p50 and p80 of the rounds.
-
-    `fastest` compares each one's fastest round: on a busy machine, the least disturbed.
+    `seconds`, `p20` and `p80` are the median and percentiles of the rounds, and `times_as_long` is the median of the
+    candidate's seconds over those of the first candidate in the same round.
     """
-    return {
-        name: {**percentiles(values / seconds[of]), "fastest": float(values.min() / seconds[of].min())}
-        for name, values in seconds.items()
-        if name != of
-    }
+    ours = next(iter(seconds.values()))
+    rows = []
+    for candidate, values in seconds.items():
+        p20, median, p80 = np.percentile(values, (20, 50, 80))
+        row = {"benchmark": benchmark, "case": case, "images": images, "device": device, "candidate": candidate}
+        rows.append(row | {"seconds": median, "p20": p20, "p80": p80, "times_as_long": np.median(values / ours)})
+    return rows

@@ -6,16 +6,19 @@ A table NAME replaces what stands between ``<!-- results:NAME -->`` and ``<!-- /
 that measured the same thing on the same machine, the newest counts.
 """
 
+import json
 import re
-import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from io import StringIO
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from fastres.config import as_flag, as_json, read_json
+import pandas as pd
+
 from fastres.errors import UserError
-from fastres.profile import ProfileConfig
+from fastres.files import read_json
 from fastres.report.study import as_markdown, one_of_each_model, read_results, scale_line, table
 
 Content = dict[str, Any]
@@ -30,6 +33,7 @@ def main(arguments: list[str]) -> int:
         if not re.search(r"<!-- results:\w+ -->", text):
             raise UserError(f"{readme} has no <!-- results:NAME --> to fill")
         contents = [{**read_json(path), "folder": path.parent} for path in sorted(results.rglob("*.json"))]
+        contents += [read_benchmarks(path) for path in sorted(results.rglob("bench-*.csv"))]
         readme.write_text(render(text, contents), encoding="utf-8")
     except (OSError, UserError) as error:
         print(f"render: error: {error}", file=sys.stderr)
@@ -37,9 +41,18 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def read_benchmarks(path: Path) -> Content:
+    """What --benchmark-csv wrote: the provenance, as JSON in the first line, and the table's `rows`."""
+    try:
+        provenance, table = path.read_text(encoding="utf-8").split("\n", 1)
+        return {**json.loads(provenance.removeprefix("#")), "rows": pd.read_csv(StringIO(table)).to_dict("records")}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as a table of benchmarks ({error})") from error
+
+
 def render(text: str, contents: Iterable[Content]) -> str:
     """``text`` with its tables filled from ``contents``. Raises KeyError for a table that is not in ``TABLES``."""
-    contents = list(contents)
+    contents = sorted(contents, key=lambda content: content.get("date", ""))  # the newest last
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
@@ -51,7 +64,7 @@ def render(text: str, contents: Iterable[Content]) -> str:
 def profile_tables(contents: list[Content]) -> str:
     """A table for each model, batch size and device that was profiled."""
     newest = {}
-    for profile in sorted((content for content in contents if "limit_epoch_seconds" in content), key=_date):
+    for profile in (content for content in contents if {"variants", "command"} <= content.keys()):
         newest[profile["device"], profile["model"], profile["batch_size"]] = profile
     return "\n\n".join(profile_table(newest[key]) for key in sorted(newest))
 
@@ -71,11 +84,8 @@ def profile_table(profile: Content) -> str:
         for row in profile["variants"]
     ]
     head = ["", "s/epoch", "p20 to p80", "images/s", "x eager", "data wait", "peak MiB", "of the limit"]
-    defaults = as_json(ProfileConfig()) | {"model": None}  # which is always shown
-    settings = {name: value for name, value in profile["config"].items() if name not in ("output_dir", "trace")}
-    flags = [as_flag(name, value) for name, value in settings.items() if value != defaults[name]]
     caption = (
-        f"`python -m fastres.profile {' '.join(flags)}`: {profile['images_per_epoch']:,} {profile['dataset']} images "
+        f"`{profile['command']}`: {profile['images_per_epoch']:,} {profile['dataset']} images "
         f"an epoch, batch {profile['batch_size']}, {profile['augmentation']}; {profile['device']}; {profile['rounds']} "
         f"rounds of {profile['steps_per_round']} of {profile['steps_per_epoch']} steps; torch "
         f"{profile['versions']['torch']}, commit {_short(profile['commit'])}, {profile['date']}. Limit "
@@ -85,73 +95,63 @@ def profile_table(profile: Content) -> str:
 
 
 def training_table(contents: list[Content]) -> str:
-    """Whole runs, each with its command; best is best on the test set unless the summary says otherwise."""
-    rows = []
-    runs = [content for content in contents if "summary" in content]
-    for run in sorted(runs, key=lambda run: run["command"].split("python", 1)[1]):
-        summary = run["summary"]
-        rows.append(
-            [
-                f"`{run['command']}`",
-                run["data"],
-                f"{summary['best_accuracy']:.2f} / {summary['last_accuracy']:.2f} %",
-                f"{summary['epoch_seconds']:,.1f}",
-                f"{summary['images_per_second']:,.0f}",
-                f"{100 * summary['data_wait_fraction']:.1f} %",
-                f"{summary['device']}, {_provenance({**summary, 'date': run['date'][:10]})}",
-            ]
-        )
+    """Whole runs, each with its command; best is best on the test set."""
+    runs = [content for content in contents if "data" in content]
+    rows = [
+        [
+            f"`{run['command']}`",
+            run["data"],
+            f"{run['best_accuracy']:.2f} / {run['last_accuracy']:.2f} %",
+            f"{run['epoch_seconds']:,.1f}",
+            f"{run['images_per_second']:,.0f}",
+            f"{100 * run['data_wait_fraction']:.1f} %",
+            f"{run['device']}, {_provenance(run)}",
+        ]
+        for run in sorted(runs, key=lambda run: run["command"].split("python", 1)[1])
+    ]
     head = ["command", "data", "best / last test accuracy", "s/epoch", "images/s", "data wait", "measured"]
     return table(head, rows)
 
 
 def loader_table(contents: list[Content]) -> str:
     """Images a second of both loaders, for each kind of image and device."""
-    rows = []
-    for (machine, _, _), (extra, note) in _newest(contents, "loader").items():
-        rates = extra["images_per_second"]
-        rows.append(
-            [
-                f"{machine if extra['device'] == 'cpu' else note['gpu']}",
-                extra["images"],
-                *(f"{rates[name]['p50']:,.0f}" for name in ("eager", "dali")),
-                f"{extra['times_as_long']['eager']['p50']:.1f}",
-                _provenance(note),
-            ]
-        )
+    rows = [
+        [row["device"], row["case"], _rate(eager), _rate(row), f"{eager['times_as_long']:.1f}", _provenance(row)]
+        for row, eager in _newest(contents, "loader", "dali", "eager")
+    ]
     return table(["device", "images", "eager, images/s", "DALI, images/s", "x eager", "measured"], rows)
+
+
+def forward_table(contents: list[Content]) -> str:
+    """The forward pass of each model, fastres' defaults against plain PyTorch."""
+    rows = [
+        [*_model(row), *map(_rate, (eager, row, compiled)), f"{eager['times_as_long']:.2f}", _provenance(row)]
+        for row, eager, compiled in _newest(contents, "forward", "fastres", "eager", "compiled")
+    ]
+    rates = [f"{name}, images/s" for name in ("eager", "fastres", "compiled")]
+    return table(["device", "model", "batch", *rates, "x eager", "measured"], rows)
 
 
 def step_table(contents: list[Content]) -> str:
     """A training step of each model, fastres' defaults against the studies' loop."""
-    rows = [
-        [
-            note["gpu"] or machine,
-            f"`{extra['model']}`",
-            str(extra["batch_size"]),
-            *(f"{1000 * extra['seconds'][name]['p50']:,.1f}" for name in ("eager", "fastres")),
-            f"{extra['times_as_long']['eager']['p50']:.2f}",
-            _provenance(note),
-        ]
-        for (machine, _, _), (extra, note) in _newest(contents, "step").items()
-    ]
+    rows = []
+    for row, eager in _newest(contents, "step", "fastres", "eager"):
+        milliseconds = (f"{1000 * candidate['seconds']:,.1f}" for candidate in (eager, row))
+        rows.append([*_model(row), *milliseconds, f"{eager['times_as_long']:.2f}", _provenance(row)])
     return table(["device", "model", "batch", "eager, ms", "fastres, ms", "x eager", "measured"], rows)
 
 
 def operator_table(contents: list[Content]) -> str:
     """The fused operator against its rivals: the median over shapes of how many times as long each takes."""
-    groups: dict[tuple[str, str, str], list[tuple[Content, Content]]] = {}
-    for (machine, _, name), (extra, note) in _newest(contents, None).items():
-        if match := re.search(r"test_batch_norm_relu\[(?:.*-)?(\S+x\S+)-([a-z+]+)-(plain|residual)\]", name):
-            groups.setdefault((note["gpu"] or machine, match[2], match[3]), []).append((extra, note))
+    groups: dict[tuple[str, ...], list[tuple[Content, ...]]] = {}
+    for rivals in _newest(contents, "operator", "eager", "compile", "copy"):
+        _, direction, residual = rivals[0]["case"].split()
+        groups.setdefault((rivals[0]["device"], direction, residual), []).append(rivals)
     rows = [
         [
             *key,
-            *(
-                f"{statistics.median(extra['times_as_long'][rival]['p50'] for extra, _ in measured):.2f}"
-                for rival in ("eager", "compile", "copy")
-            ),
-            _provenance(measured[0][1]),
+            *(f"{median(row['times_as_long'] for row in shapes):.2f}" for shapes in zip(*measured, strict=True)),
+            _provenance(measured[0][0]),
         ]
         for key, measured in sorted(groups.items())
     ]
@@ -179,7 +179,7 @@ def study_table(contents: list[Content]) -> str:
         captions.append(
             f"`{study['study']}`: {as_markdown(scale_line(study))}; {summary['train_images']:,} training images; seeds "
             f"{', '.join(str(run['seed']) for run in results[0].summaries)}; {summary['device']}; "
-            f"{_provenance({**summary, 'date': study['date'][:10]})}."
+            f"{_provenance({**summary, 'date': study['date']})}."
         )
     head = ["run", "published best, %", "best, %", "last, %", "s/epoch", "x eager"]
     return "\n\n".join([table(head, rows), "\n".join(f"* {caption}" for caption in captions)])
@@ -189,29 +189,36 @@ TABLES: dict[str, Callable[[list[Content]], str]] = {
     "profile": profile_tables,
     "training": training_table,
     "loaders": loader_table,
+    "forward": forward_table,
     "steps": step_table,
     "operator": operator_table,
     "studies": study_table,
 }
 
 
-def _newest(contents: list[Content], what: str | None) -> dict[tuple[str, str | None, str], tuple[Content, Content]]:
-    """The benchmarks of that kind: (processor, GPU, name) to what was measured and where; the newest of each."""
-    found = {}
-    for content in sorted((content for content in contents if "benchmarks" in content), key=_date):
-        where = content["machine_info"]["fastres"] | {"date": content["datetime"][:10]}
-        for benchmark in content["benchmarks"]:
-            if benchmark["extra_info"].get("what") == what:
-                found[where["cpu"], where["gpu"], benchmark["name"]] = benchmark["extra_info"], where
-    return found
+def _newest(contents: list[Content], benchmark: str, *candidates: str) -> Iterator[tuple[Content, ...]]:
+    """The rows of the candidates, with provenance, for each device and case: those that were measured last."""
+    found: dict[tuple[str, str], dict[str, Content]] = {}
+    for content in (content for content in contents if "rows" in content):
+        measured: dict[tuple[str, str], dict[str, Content]] = {}
+        for row in content["rows"]:
+            if row["benchmark"] == benchmark:
+                measured.setdefault((row["device"], row["case"]), {})[row["candidate"]] = content | row
+        found |= measured
+    for rows in found.values():
+        yield tuple(rows.get(name, {}) for name in candidates)
 
 
-def _date(content: Content) -> str:
-    return content.get("date") or content["datetime"]
+def _model(row: Content) -> list[str]:
+    return [row["device"], f"`{row['case']}`", f"{row['images']:.0f}"]
+
+
+def _rate(row: Content) -> str:
+    return f"{row['images'] / row['seconds']:,.0f}" if row else ""
 
 
 def _provenance(where: Content) -> str:
-    return f"{where['date']}, torch {where['versions']['torch']}, {_short(where['commit'])}"
+    return f"{where['date'][:10]}, torch {where['versions']['torch']}, {_short(where['commit'])}"
 
 
 def _short(commit: str | None) -> str:

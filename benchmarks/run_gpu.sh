@@ -44,7 +44,7 @@ step() {
 pytest() { # NAME SECONDS FILE...: a benchmark
     local name=$1 limit=$2
     shift 2
-    step "$name" "$limit" "$PYTHON" -m pytest "$@" --benchmark-only --benchmark-json="$out/$name.json"
+    step "$name" "$limit" "$PYTHON" -m pytest "$@" --benchmark-only --benchmark-csv="$out/bench-$name.csv"
 }
 
 models=(resnet50 resnet18 vgg16 vgg19_bn_4096)
@@ -67,11 +67,12 @@ profile() { # NAME SECONDS MODEL BATCH FLAG...
     shift 4
     step "$name" "$limit" "$PYTHON" -m fastres.profile --model "$model" --batch-size "$batch" "${sizes[@]}" "$@" \
         --output-dir "$out/$name"
+    [[ -f $out/$name/profile.json ]] && "$PYTHON" benchmarks/keep_run.py "$out/$name" "$out/$name.json"
 }
 
 train() { # MODEL
     step "train-$1" 150 "$PYTHON" -m fastres.train --model "$1" "${training[@]}" --output-dir "$out/train-$1"
-    [[ -f $out/train-$1/summary.json ]] && "$PYTHON" benchmarks/keep_run.py "$out/train-$1" "$LABEL" "$out/train-$1.json"
+    [[ -f $out/train-$1/summary.json ]] && "$PYTHON" benchmarks/keep_run.py "$out/train-$1" "$out/train-$1.json" "$LABEL"
 }
 
 parallel=()
@@ -87,6 +88,7 @@ pytest loaders 60 benchmarks/test_loaders.py
 pytest steps 120 benchmarks/test_training.py -k "step or epoch"
 # compiling takes most of the time, and max-autotune, the rival's, most of that
 profile "${models[0]}-${batches[0]}-compiled" 420 "${models[0]}" "${batches[0]}" --compile-variant
+pytest forward 150 benchmarks/test_training.py -k forward
 for batch in "${batches[@]:1}"; do
     for model in "${models[@]}"; do
         profile "$model-$batch" 80 "$model" "$batch" --no-compile-variant

@@ -1,25 +1,43 @@
-"""What goes wrong for a reason that a user can mend: command lines print the one line and no traceback."""
+"""Errors that a user can fix; command lines print them as one line, without a traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from signal import Signals
 
 
 class UserError(Exception):
-    """Bad input: the message names the flag or file and says how to mend it."""
+    """Bad input: the message names the flag or file and says how to mend it.
+
+    Functions of this package raise it for every input that they check; their docstrings do not repeat it.
+    """
 
     exit_code = 2
 
 
 class RunError(UserError):
-    """A run that could not go on, although its input was good: a loss that is no number, a full disk, too little
-    memory."""
+    """A run that could not go on although its input was good, as after a NaN loss or on a full disk."""
 
     exit_code = 1
 
 
 class Interrupted(Exception):  # noqa: N818
-    """A signal ended the run, after a step and with everything saved."""
+    """A signal ended the run after a step, with everything saved."""
 
     def __init__(self, signal_number: int, folder: Path) -> None:
         self.exit_code = 128 + signal_number
         super().__init__(f"stopped by {Signals(signal_number).name}; --resume {folder} goes on with the next step")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the error's message, or the name of its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def named(source: object) -> Iterator[None]:
+    """Begins the message of a UserError from within with ``source``, a file or a run."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{source}: {error}") from error

@@ -18,17 +18,20 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fastres.config import ENGINE, Parser, TrainConfig, add_flags, as_json, flag
-from fastres.console import open_console
+from fastres.config import ENGINE, TrainConfig
 from fastres.data.datasets import DATASETS, Dataset, load_dataset, synthetic
-from fastres.data.plan import AUGMENTATIONS
+from fastres.data.plan import STEPS
 from fastres.errors import UserError
+from fastres.fields import as_json, check_fields, flag
+from fastres.files import claimed, new_folder, write_json
+from fastres.flags import Parser, add_flags, open_console, run_command
+from fastres.machine import commit, device_name, versions
 from fastres.models import create_model
 from fastres.report.profile import advice, plot_profile, profile_table
 from fastres.roofline import forward_macs, limit_seconds, measure_machine, step_kernels
 from fastres.training import distributed
 from fastres.training.baseline import EAGER, StudyLoop
-from fastres.training.hardware import tune_libraries
+from fastres.training.hardware import resolve, steps_per_epoch, tune_libraries
 from fastres.training.measure import (
     Resident,
     Variant,
@@ -39,8 +42,7 @@ from fastres.training.measure import (
     train,
     warm_up,
 )
-from fastres.training.run import commit, device_name, make_folder, resolve, steps_per_epoch, versions, write_json
-from fastres.training.trainer import AMP_DTYPES, Trainer, enough_memory
+from fastres.training.trainer import AMP_DTYPES, Trainer, explain_out_of_memory
 
 BATCH_SIZES = {"cuda": 128, "cpu": 32}  # the studies' 128 takes a CPU longer than one waits for a profile
 RIVAL = "compile, not fused"
@@ -63,11 +65,13 @@ class ProfileConfig:
     dataset: str = flag(
         "Data", "synthetic: random images; they cost what real ones cost", "synthetic", ("synthetic", *DATASETS)
     )
-    images: int = flag("Data", "of an epoch of synthetic images", 50_000)
+    images: int = flag("Data", "of an epoch of synthetic images", 50_000, interval="[1, inf)")
     data_dir: Path = same_flag("data_dir")
     classes: tuple[str, ...] = same_flag("classes")
     skip_bad_images: bool = same_flag("skip_bad_images")
-    augmentation: str = flag("Data", "augmentation of training images", "crop-flip", tuple(AUGMENTATIONS))
+    augmentation: str = flag(
+        "Data", f"steps for training images, joined by dashes: any of {', '.join(STEPS)}; or none", "crop-flip"
+    )
     workers: int = same_flag("workers")
 
     batch_size: int | None = flag("Engine", "training images a step; auto: 128 on CUDA, 32 on a CPU", None)
@@ -76,48 +80,45 @@ class ProfileConfig:
         "Engine", "measure torch.compile, too; auto: on CUDA, because compiling takes a CPU minutes", None
     )
 
-    seconds: float = flag("Measurement", "time for the rounds; warm-up and loaders come on top", 80.0)
-    rounds: int = flag("Measurement", "rounds at most; in each, every variant runs in turn", 5)
+    seconds: float = flag(
+        "Measurement", "time for the rounds; warm-up and loaders come on top", 80.0, interval="(0, inf)"
+    )
+    rounds: int = flag("Measurement", "rounds at most; in each, every variant runs in turn", 5, interval="[1, inf)")
     trace: bool = flag("Measurement", "also write trace.json, a Chrome trace of two steps of fastres", False)
     output_dir: Path | None = flag("Output", "folder of the results; auto: runs/profile-MODEL-TIME", None)
 
     def __post_init__(self) -> None:
-        for condition, message in (
-            (self.images >= 1, f"--images {self.images}: must be at least 1"),
-            (self.seconds > 0, f"--seconds {self.seconds}: must be positive"),
-            (self.rounds >= 1, f"--rounds {self.rounds}: must be at least 1"),
-        ):
-            if not condition:
-                raise UserError(message)
+        check_fields(self)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 1 for too little memory, 2 for bad input, 130 for an
-    interrupt."""
-    parser = Parser("python -m fastres.profile", description=__doc__)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.profile") -> int:
+    """Runs the command line and returns its exit code, which ``run_command`` describes."""
+    parser = Parser(prog, description=__doc__)
     add_flags(parser, ProfileConfig)
     distributed.refuse(parser)
-    given = parser.parse_flags(arguments)
-    console = open_console()
-    try:
-        profile(ProfileConfig(**given), console)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+
+    def command() -> None:
+        profile(ProfileConfig(**parser.parse_flags(arguments)), open_console())
+
+    return run_command(parser.prog, command, interrupted="interrupted; nothing was written")
 
 
 def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
     """Measures everything, prints the table, and writes profile.json, profile.png and, if asked, trace.json."""
     defaults, dataset, why = prepare(config)
-    assert defaults.output_dir is not None
-    if (defaults.output_dir / "profile.json").exists():
-        raise UserError(f"--output-dir {defaults.output_dir}: already holds a profile; choose another folder")
-    make_folder(defaults.output_dir)
-    console.print(f"dataset: {dataset.name}, {len(dataset.train):,} training images\n{why}")
+    folder = config.output_dir
+    if folder is None:
+        folder = new_folder(Path("runs") / f"profile-{config.model}-{datetime.now():%Y%m%d-%H%M%S}")
+    with claimed(folder, ("profile.json", "profile.png", "trace.json")):
+        if (folder / "profile.json").exists():
+            raise UserError(f"--output-dir {folder}: already holds a profile; choose another folder")
+        console.print(f"dataset: {dataset.name}, {len(dataset.train):,} training images\n{why}")
+        return measure(config, defaults, dataset, folder, console)
+
+
+def measure(
+    config: ProfileConfig, defaults: TrainConfig, dataset: Dataset, folder: Path, console: Console
+) -> dict[str, Any]:
     device = torch.device(defaults.device)
     tune_libraries(device.type)
     tuned = "freed memory is kept" if device.type == "cpu" else "cuDNN tries its algorithms"
@@ -137,7 +138,7 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
         console.print(f"left out: {line}")
     step_seconds = []
     for variant in variants:
-        with enough_memory("--batch-size", defaults.batch_size):
+        with explain_out_of_memory("--batch-size", defaults.batch_size):
             step_seconds.append(warm_up(variant, dataset))
         console.print(
             f"{variant.name}: first step {variant.warm_up_seconds:.2f} s, third {step_seconds[-1]:.2f} s, "
@@ -192,13 +193,13 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
     }
     result["advice"] = advice(result)
-    write_json(defaults.output_dir / "profile.json", result)
-    picture = plot_profile(defaults.output_dir)
+    write_json(folder / "profile.json", result)
+    picture = plot_profile(folder)
     console.print(profile_table(result))
     console.print(result["advice"])
-    console.print(f"result:  {defaults.output_dir / 'profile.json'}\npicture: {picture}")
+    console.print(f"result:  {folder / 'profile.json'}\npicture: {picture}")
     if config.trace:
-        trace = defaults.output_dir / "trace.json"
+        trace = folder / "trace.json"
         with torch.profiler.profile(profile_memory=True) as recorded:
             train(fastres.engine, Resident(first_batch(fastres.config, dataset), 2))
         with TemporaryDirectory() as scratch:  # the profiler takes only paths that are UTF-8
@@ -216,17 +217,11 @@ def prepare(config: ProfileConfig) -> tuple[TrainConfig, Dataset, str]:
         dataset = synthetic(config.images)
     else:
         dataset, _ = load_dataset(config.dataset, config.data_dir, config.classes, config.skip_bad_images)
-    time_now = f"{datetime.now():%Y%m%d-%H%M%S}"
     batch_size = config.batch_size
     if batch_size is None:
         device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
         batch_size = min(BATCH_SIZES[device], len(dataset.train))
-    requested = replace(
-        requested,
-        dataset=dataset.name,
-        batch_size=batch_size,
-        output_dir=config.output_dir or Path("runs") / f"profile-{config.model}-{time_now}",
-    )
+    requested = replace(requested, batch_size=batch_size)
     chosen, why = resolve(requested, dataset)
     return chosen, dataset, why
 
@@ -248,7 +243,7 @@ def build_variants(
         ("channels-last", {"channels_last": True}, ""),
         ("AMP", {"amp": defaults.amp}, "this CPU has no bf16"),
         ("DALI loader", {"loader": defaults.loader}, "DALI does not import"),
-        ("fused operator", {"fused": True}, ""),
+        ("fused operator", {"fused": defaults.fused}, "its kernels are missing"),
         ("compile", {"compile": compile_too}, "takes minutes on a CPU; --compile-variant measures it"),
     ):
         changed = replace(current, **change)
@@ -259,8 +254,9 @@ def build_variants(
             variants.append((f"+ {name}", current))
 
     def engine(name: str, config: TrainConfig) -> StudyLoop | Trainer:
+        assert config.fused is not None
         torch.manual_seed(config.seed)
-        model = create_model(config.model, len(dataset.classes), config.zero_gamma, config.fused)
+        model = create_model(config.model, len(dataset.classes), config.zero_gamma, bool(config.fused))
         if name not in ("fastres", RIVAL, COMPILED):
             return StudyLoop(model, config, device)
         return Trainer(model, config, device, len(dataset.classes), steps_per_epoch(config, len(dataset.train)))

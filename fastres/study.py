@@ -1,14 +1,15 @@
-"""python -m fastres.study: trains all the runs of a study, each as fastres.train does, and writes its report."""
+"""python -m fastres.study: trains the runs of a study by fastres.train, one after another, and writes its report."""
 
-import multiprocessing
-import signal
+import os
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
-from multiprocessing.connection import Connection
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -18,75 +19,79 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from fastres.config import ENGINE, Parser, TrainConfig, add_flags, flag, over_recipe, read_json
-from fastres.console import open_console
+from fastres.config import ENGINE, TrainConfig, over_recipe
 from fastres.data.datasets import MINI_CIFAR10_CLASSES, Dataset, load_dataset
-from fastres.errors import Interrupted, UserError
+from fastres.errors import RunError, UserError, named
+from fastres.fields import as_arguments, check_fields, flag
+from fastres.files import claimed, read_json, write_json
+from fastres.flags import STOP_WITH_STDIN, Parser, add_flags, open_console, run_command
 from fastres.models import create_model
-from fastres.report.plots import plot_curves
 from fastres.report.study import read_summary, write_report
 from fastres.roofline import forward_macs
 from fastres.studies import RunDefinition, Study, list_studies, load_study
-from fastres.train import RESUMABLE, configure, prepare, signals_noted
 from fastres.training import distributed
 from fastres.training.baseline import EAGER
-from fastres.training.hardware import tune_libraries
+from fastres.training.hardware import resolve, tune_libraries
 from fastres.training.measure import Window, train
-from fastres.training.run import Run, make_folder, resolve, write_json
+from fastres.training.run import Run
+from fastres.training.start import RESUMABLE, choose_dataset, read_saved
 
-# whose cost is compared; the schedule costs nothing
-EAGER_RUN = EAGER | {"schedule": "constant", "warmup_epochs": 0.0, "milestones": ()}
+# the cost of a step is compared; the schedule costs nothing
+EAGER_RUN = EAGER | {"schedule": "constant", "warmup_epochs": 0.0}
+SPEED_SETTINGS = ("model", "batch_size", "augmentation", "device", "workers", *ENGINE)  # decide the images a second
 EAGER_EPOCHS = 3
 MEASURED_STEPS = 2  # of each model, for --dry-run
-RATE = ("model", "batch_size", "augmentation", "device", "workers", *ENGINE)  # what images a second depend on
-PROCESSES = multiprocessing.get_context("forkserver")  # CUDA does not survive a plain fork
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """How a study is done. Raises UserError where a value is out of its range."""
+    """How a study is carried out."""
 
     seeds: tuple[int, ...] = flag("Study", "comma-separated; every run is done once with each of them", (0,))
-    scale: float = flag("Study", "fraction of the epochs, with milestones and warm-up; for a first look", 1.0)
-    data_scale: float = flag("Study", "fraction of the training images; the test set stays whole", 1.0)
+    scale: float = flag(
+        "Study", "fraction of the epochs, with milestones and warm-up; for a first look", 1.0, interval="(0, 1]"
+    )
+    data_scale: float = flag(
+        "Study", "fraction of the training images; the test set stays whole", 1.0, interval="(0, 1]"
+    )
     eager_cost: bool = flag(
         "Study", f"also train {EAGER_EPOCHS} epochs of each model in eager PyTorch, to compare", True
     )
     price_per_hour: float = flag(
-        "Study", "of the machine, in any currency, for the cost of each run; 0: not shown", 0.0
+        "Study", "of the machine, in any currency, for the cost of each run; 0: not shown", 0.0, interval="[0, inf)"
     )
     output_dir: Path | None = flag("Study", "folder of the study; auto: runs/study-NAME", None)
 
     def __post_init__(self) -> None:
-        for condition, message in (
-            (self.seeds and min(self.seeds) >= 0, "--seeds: must not be negative, for instance --seeds 0,1,2"),
-            (len(set(self.seeds)) == len(self.seeds), "--seeds: a seed is named twice"),
-            (0 < self.scale <= 1, f"--scale {self.scale}: must be in (0, 1]"),
-            (0 < self.data_scale <= 1, f"--data-scale {self.data_scale}: must be in (0, 1]"),
-            (0 <= self.price_per_hour < float("inf"), f"--price-per-hour {self.price_per_hour}: must not be negative"),
-        ):
-            if not condition:
-                raise UserError(message)
+        check_fields(self)
+        if not self.seeds or min(self.seeds) < 0:
+            raise UserError("--seeds: must not be negative, for instance --seeds 0,1,2")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError("--seeds: a seed is named twice")
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of the study, with nothing left to choose. ``forward_gflop`` is of one image."""
+    """A run of the study: the ``flags`` of its command, and the settings and data that they stand for.
+
+    forward_gflop: floating-point operations of one image in a forward pass, in units of 1e9.
+    """
 
     name: str
+    flags: dict[str, Any]
     config: TrainConfig
     dataset: Dataset
     forward_gflop: float
 
     @property
     def folder(self) -> Path:
-        assert self.config.output_dir is not None
-        return self.config.output_dir
+        return self.flags["output_dir"]
 
     @property
     def work(self) -> float:
-        """GFLOP of its training, which is what the progress of a study is counted in."""
+        """GFLOP of its training, the unit of a study's progress."""
         return 3 * self.forward_gflop * self.config.epochs * len(self.dataset.train)
 
     @property
@@ -94,12 +99,12 @@ class PlannedRun:
         return (self.folder / "summary.json").exists()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 2 for bad input, 1 for a run that could not go on, 130 for
-    an interrupt."""
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.study") -> int:
+    """Runs the command line and returns its exit code, which ``run_command`` describes."""
     parser = Parser(
-        "python -m fastres.study",
-        description=f"{__doc__.split(': ', 1)[1]} Flags of fastres.train replace the study's own in all of its runs.",
+        prog,
+        description="Trains all the runs of a study, each as fastres.train does, and writes its report. Flags of "
+        "fastres.train replace the study's own in all of its runs.",
     )
     parser.add_argument("name", metavar="NAME", help=f"{', '.join(list_studies())}, or a .toml file of the same form")
     add_flags(parser, StudyConfig)
@@ -108,21 +113,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     actions.add_argument("--dry-run", action="store_true", help="only say what would run, and about how long")
     add_flags(parser, TrainConfig, leave_out=("seed", "output_dir", "sync_bn"), default="the study's")
     distributed.refuse(parser)
-    given = parser.parse_flags(arguments)
-    name, resume, dry_run = given.pop("name"), given.pop("resume"), given.pop("dry_run")
-    console = open_console()
-    try:
-        config = StudyConfig(**{key: given.pop(key) for key in vars(StudyConfig()) if key in given})
-        study = load_study(name)
-        folder = config.output_dir or Path("runs") / f"study-{study.name}"
-        planned = plan(study, config, given, folder)
-        if dry_run:
-            print_estimate(planned, console)
-            return 0
-        prepare_folder(folder, planned, resume)
-        description = describe(study, config, given, planned)
+
+    def command() -> None:
+        flags = parser.parse_flags(arguments)
+        name, resume, dry_run = flags.pop("name"), flags.pop("resume"), flags.pop("dry_run")
+        config = StudyConfig(**{key: flags.pop(key) for key in vars(StudyConfig()) if key in flags})
+        run_study(load_study(name), config, flags, resume, dry_run, open_console())
+
+    return run_command(parser.prog, command, interrupted="interrupted; --resume goes on with the next step")
+
+
+def run_study(
+    study: Study, config: StudyConfig, overrides: dict[str, Any], resume: bool, dry_run: bool, console: Console
+) -> None:
+    folder = config.output_dir or Path("runs") / f"study-{study.name}"
+    planned = plan(study, config, overrides, folder)
+    if dry_run:
+        print_estimate(planned, console)
+        return
+    check_folder(folder, planned, resume)
+    with claimed(folder, () if resume else ("study.json", "report.md", "report.html")):
+        description = describe(study, config, overrides, planned)
         if resume:
-            description["date"] = begun(folder)
+            description["date"] = start_date(folder)
         write_json(folder / "study.json", description)
         with study_progress(console, planned) as progress:
             for run in planned:
@@ -130,36 +143,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     progress(run)
         report = write_report(folder, config.price_per_hour)
         console.print(f"report: {report} and {report.with_suffix('.md').name}")
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; --resume goes on with the next step", file=sys.stderr)
-        return 130
-    return 0
 
 
 def plan(study: Study, config: StudyConfig, overrides: dict[str, Any], folder: Path) -> list[PlannedRun]:
     """Every run of ``study`` for every seed, and the eager one of each model.
 
-    Raises UserError for whatever ``fastres.train`` would refuse, so that it is known before anything runs.
+    Refuses whatever ``fastres.train`` would refuse, before anything runs.
     """
     load = cache(load_dataset)
     planned: list[PlannedRun] = []
     eager: dict[str, PlannedRun] = {}
     for definition in study.runs:
         for seed in config.seeds:
-            try:
+            with named(f"{study.name}, run {definition.name}"):
                 run = plan_run(definition, seed, config, overrides, folder, load)
-            except UserError as error:
-                raise UserError(f"{study.name}, run {definition.name}: {error}") from error
-            planned.append(run)
-            if config.eager_cost and run.config.model not in eager:
-                epochs = min(EAGER_EPOCHS, run.config.epochs)
-                settings = EAGER_RUN | {"epochs": epochs, "output_dir": folder / f"eager-{run.config.model}"}
-                eager[run.config.model] = replace(
-                    run, name=f"{run.config.model}, eager", config=replace(run.config, **settings)
-                )
+                planned.append(run)
+                if config.eager_cost and run.config.model not in eager:
+                    eager[run.config.model] = eager_run(run, folder, load)
     return planned + list(eager.values())
 
 
@@ -172,50 +172,53 @@ def plan_run(
     load: Callable[..., tuple[Dataset, str]],
 ) -> PlannedRun:
     flags = definition.flags | overrides
-    settings = over_recipe(flags)
     if overrides.get("dataset") == "folder" and _dataset(definition) == "mini-cifar10":
-        settings.setdefault("classes", MINI_CIFAR10_CLASSES)
-    settings |= {"seed": seed, "output_dir": folder / f"{definition.name}-seed{seed}"}
-    settings["train_fraction"] = settings.get("train_fraction", 1.0) * config.data_scale
-    full, dataset = configure(settings, Console(quiet=True), load)
-    epochs = max(round(full.epochs * config.scale), 1)
-    scaled = replace(
-        full,
-        epochs=epochs,
-        warmup_epochs=(full.warmup_epochs or 0.0) * epochs / full.epochs,
-        milestones=tuple(sorted({max(round(milestone * epochs / full.epochs), 1) for milestone in full.milestones})),
-        compile=settings.get("compile"),  # chosen by the length of the run, which has changed
-        cuda_graphs=settings.get("cuda_graphs"),
-    )
-    final, _ = resolve(scaled, dataset)
-    return PlannedRun(f"{definition.label}, seed {seed}", final, dataset, forward_gflop(final, dataset))
+        flags.setdefault("classes", MINI_CIFAR10_CLASSES)
+    flags |= {"seed": seed, "output_dir": folder / f"{definition.name}-seed{seed}"}
+    flags["train_fraction"] = flags.get("train_fraction", 1.0) * config.data_scale
+    if config.scale < 1:
+        full, _ = resolve(*choose_dataset(over_recipe(flags), lambda line: None, load))
+        epochs = max(round(full.epochs * config.scale), 1)
+        ratio = epochs / full.epochs
+        flags |= {"epochs": epochs, "warmup_epochs": (full.warmup_epochs or 0.0) * ratio}
+        if full.milestones:
+            flags["milestones"] = tuple(sorted({max(round(milestone * ratio), 1) for milestone in full.milestones}))
+    return planned_run(f"{definition.label}, seed {seed}", flags, load)
+
+
+def planned_run(name: str, flags: dict[str, Any], load: Callable[..., tuple[Dataset, str]]) -> PlannedRun:
+    config, dataset = choose_dataset(over_recipe(flags), lambda line: None, load)
+    config, _ = resolve(config, dataset)
+    with torch.device("meta"):
+        model = create_model(config.model, len(dataset.classes), config.zero_gamma, fused=False)
+    return PlannedRun(name, flags, config, dataset, 2 * forward_macs(model) / 1e9)
+
+
+def eager_run(run: PlannedRun, folder: Path, load: Callable[..., tuple[Dataset, str]]) -> PlannedRun:
+    """A few epochs of the run in eager PyTorch."""
+    model, epochs = run.config.model, min(EAGER_EPOCHS, run.config.epochs)
+    flags = run.flags | EAGER_RUN | {"epochs": epochs, "output_dir": folder / f"eager-{model}"}
+    for name in ("compile_mode", "milestones"):  # mean nothing there, and fastres.train would refuse them
+        flags.pop(name, None)
+    return planned_run(f"{model}, eager", flags, load)
 
 
 def _dataset(definition: RunDefinition) -> str:
-    """The dataset that a run has in its study, before anything is overridden."""
+    """The dataset of a run without overrides."""
     return over_recipe(definition.flags).get("dataset", TrainConfig.dataset)
 
 
-def forward_gflop(config: TrainConfig, dataset: Dataset) -> float:
-    """Floating-point operations of the convolutions and linear layers for one image, forward, in units of 1e9.
-
-    A multiply-add counts as two. Raises UserError for a model that cannot be made as ``config`` says.
-    """
-    with torch.device("meta"):
-        model = create_model(config.model, len(dataset.classes), config.zero_gamma, fused=False)
-    return 2 * forward_macs(model) / 1e9
-
-
-def prepare_folder(folder: Path, planned: list[PlannedRun], resume: bool) -> None:
-    """Makes ``folder``; raises UserError where it holds a study that this one does not go on with."""
+def check_folder(folder: Path, planned: list[PlannedRun], resume: bool) -> None:
+    """Refuses a folder whose study is not the one to begin or to go on with."""
     started = [run for run in planned if (run.folder / "config.json").exists()]
     if not resume and (started or (folder / "study.json").exists()):
         raise UserError(f"--output-dir {folder}: already holds a study; add --resume, or choose another folder")
     if resume and not (folder / "study.json").exists():
         raise UserError(f"--resume: {folder} holds no study; leave --resume off, or name its folder with --output-dir")
     for run in started:
+        path = run.folder / "config.json"
         try:
-            saved = TrainConfig.from_json(read_json(run.folder / "config.json"), run.folder / "config.json")
+            saved = read_saved(read_json(path), path).config
         except UserError as error:
             raise UserError(f"{error}; remove that run's folder") from error
         for name, value in vars(run.config).items():
@@ -224,14 +227,13 @@ def prepare_folder(folder: Path, planned: list[PlannedRun], resume: bool) -> Non
                     f"--resume: {run.folder} was started with {name.replace('_', '-')} {getattr(saved, name)}, "
                     f"and would now have {value}; take the first call's flags, or another --output-dir"
                 )
-    make_folder(folder)
 
 
-def begun(folder: Path) -> str:
-    """When the study in ``folder`` was begun. Raises UserError where its study.json does not say so."""
+def start_date(folder: Path) -> str:
+    """When the study in ``folder`` was started, from its study.json."""
     study = read_json(folder / "study.json")
     if not isinstance(study, dict) or "date" not in study:
-        raise UserError(f"{folder / 'study.json'}: does not say when the study was begun; take another --output-dir")
+        raise UserError(f"{folder / 'study.json'}: does not say when the study was started; take another --output-dir")
     return study["date"]
 
 
@@ -262,15 +264,27 @@ def describe(study: Study, config: StudyConfig, overrides: dict[str, Any], plann
         "data_scale": config.data_scale,
         "overrides": {name.replace("_", "-"): str(value) for name, value in overrides.items() if name != "data_dir"},
         "runs": runs,
+        "notes": study.notes,
+        "repeated": study.repeated,
         "figures": [vars(figure) for figure in study.figures],
-        "conjectures": [vars(conjecture) for conjecture in study.conjectures],
+        "phases": [vars(phase) for phase in study.phases],
+        "conjectures": [
+            {
+                "text": item.text,
+                "expect": item.expect,
+                "metric": item.metric,
+                "before": item.before or item.runs,
+                "after": item.after or item.runs,
+            }
+            for item in study.conjectures
+        ],
     }
 
 
 @contextmanager
 def study_progress(console: Console, planned: list[PlannedRun]) -> Iterator[Callable[[PlannedRun], None]]:
-    """Gives a function that executes a run under one display of the whole study: live on a terminal, otherwise a line
-    for each finished run."""
+    """Yields a function that executes a run and shows the study's progress: live on a terminal, otherwise a line for
+    each finished run."""
     with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -303,63 +317,47 @@ def study_progress(console: Console, planned: list[PlannedRun]) -> Iterator[Call
 
 
 def execute(run: PlannedRun, advance: Callable[[float], None]) -> dict[str, Any]:
-    """Trains ``run``, or the rest of it, in a process of its own, and returns its summary.
+    """Trains ``run``, or the rest of it, by fastres.train in a process of its own, and returns its summary.
 
-    One's own process makes the peak memory that of this run alone. ``advance`` is called with the ``work`` done.
+    ``advance`` is called with the ``work`` of every epoch. The process saves and stops when this one is interrupted, or
+    when it dies, which closes the pipe to the process's standard input.
     """
-    checkpoint = run.folder / "last.pt"
-    resume = run.folder if checkpoint.exists() else None
-    given = {key: value for key, value in vars(run.config).items() if not resume or key in RESUMABLE}
-    PROCESSES.set_forkserver_preload([__name__])
-    receiver, sender = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=_train, args=(given, resume, sender, sys.orig_argv))
-    process.start()
-    sender.close()
-    try:
-        while True:
-            message = receiver.recv()
-            if isinstance(message, UserError):
-                raise type(message)(f"{run.name}: {message}")
-            advance(message * run.work)
-    except EOFError:
-        process.join()
-    finally:
-        process.terminate()  # which an interrupted run takes as the signal to save
-        process.join()
-    if not run.finished:
-        raise UserError(f"{run.folder}: the run ended with exit code {process.exitcode}; mend it and add --resume")
+    command = [sys.executable, "-m", "fastres.train"]
+    flags, done = run.flags, 0
+    if (run.folder / "last.pt").exists():
+        command += ["--resume", str(run.folder)]
+        flags = {name: value for name, value in flags.items() if name in RESUMABLE}
+    environment = {**os.environ, STOP_WITH_STDIN: "1"}
+    pipe = subprocess.PIPE
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(
+            command + as_arguments(flags), env=environment, stdin=pipe, stdout=pipe, stderr=errors, encoding="utf-8"
+        )
+        try:
+            for line in process.stdout or ():
+                if epoch := re.match(r"epoch +(\d+)/", line):
+                    advance((int(epoch[1]) - done) / run.config.epochs * run.work)
+                    done = int(epoch[1])
+            code = process.wait()
+        except BaseException:
+            process.terminate()  # the run saves
+            process.wait()
+            raise
+        errors.seek(0)
+        said = errors.read()
+    if code in (RunError.exit_code, UserError.exit_code) and "Traceback" not in said:
+        message = said.strip().splitlines()[-1].removeprefix("python -m fastres.train: error: ")
+        raise (RunError if code == RunError.exit_code else UserError)(f"{run.name}: {message}")
+    sys.stderr.write(said)
+    if code:
+        raise RunError(f"{run.folder}: the run ended with exit code {code}; mend it and add --resume")
     return read_summary(run.folder)
-
-
-def _train(given: dict[str, Any], resume: Path | None, sender: Connection, command: list[str]) -> None:
-    """In the run's process: sends the fraction of the run that each step is. ``command`` is the study's."""
-    sys.orig_argv = command
-    # this process inherits the study's start method, and the eager loader's workers would start seconds later with it
-    multiprocessing.set_start_method(None, force=True)
-    try:
-        run = prepare(given, resume, Console(quiet=True))
-        steps = len(run.train_loader)
-
-        def advance(by: int = 1) -> None:
-            try:
-                sender.send(by / (run.config.epochs * steps))
-            except BrokenPipeError:  # the study's process is gone: save what there is and end
-                signal.raise_signal(signal.SIGTERM)
-
-        with signals_noted() as signalled:
-            advance(len(run.history) * steps + (run.epoch.steps if run.epoch else 0))
-            summary = run.fit(advance, signalled=signalled)
-        plot_curves(run.folder, f"{summary['model']} on {summary['dataset']}")
-    except UserError as error:
-        sender.send(error)
-    except (Interrupted, KeyboardInterrupt):  # the study's process says so, or is gone
-        pass
 
 
 def print_estimate(planned: list[PlannedRun], console: Console) -> None:
     """A table of the runs and about how long each would take."""
     rates: dict[tuple[Any, ...], tuple[float, str]] = {}
-    rate_of = attrgetter(*RATE)
+    rate_of = attrgetter(*SPEED_SETTINGS)
     for run in planned:
         if run.finished:
             rates[rate_of(run.config)] = read_summary(run.folder)["images_per_second"], "finished run"
@@ -377,7 +375,7 @@ def print_estimate(planned: list[PlannedRun], console: Console) -> None:
             # a forward pass is a third of a training step's arithmetic
             seconds = run.config.epochs * (len(run.dataset.train) + len(run.dataset.test) / 3) / rate
         total += seconds
-        table.add_row(run.name, str(run.config.epochs), f"{len(run.dataset.train):,}", duration(seconds), source)
+        table.add_row(Text(run.name), str(run.config.epochs), f"{len(run.dataset.train):,}", duration(seconds), source)
     console.print(table)
     console.print(f"about {duration(total)} in all, without start-up and compilation")
 

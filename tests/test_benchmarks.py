@@ -1,4 +1,5 @@
-"""The README's tables come from measured files, and the GPU script goes on when a step fails."""
+"""The benchmarks run apart from the tests, the README's tables come from measured files, and the GPU script goes on
+when a step fails."""
 
 import importlib.util
 import json
@@ -9,13 +10,14 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from fastres.config import DATASET_DEFAULTS, Parser, TrainConfig, add_flags, over_recipe
+from fastres.config import DATASET_DEFAULTS, TrainConfig, over_recipe
 from fastres.data.datasets import synthetic
+from fastres.fields import as_json
+from fastres.flags import Parser, add_flags
 from fastres.report.study import write_report
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +32,7 @@ def script(name):
 
 sys.path.append(str(ROOT / "benchmarks"))  # as pytest does for what is there
 render, keep_run, interleave = script("render"), script("keep_run"), script("interleave")
+RESULTS = ROOT / "benchmarks/results"
 
 VERSIONS = {"torch": "2.11.0"}
 
@@ -37,38 +40,46 @@ VERSIONS = {"torch": "2.11.0"}
 def profile(date, median):
     row = {
         "name": "eager",
-        "epoch_seconds": {"median": median, "p20": 3.0, "p80": 5.0},
+        "epoch_seconds": {"median": median, "p20": 3.0, "p80": 5.0, "rounds": [3.0, median, 5.0]},
         "images_per_second": 12500.4,
         "times_eager": 1.0,
         "data_wait_fraction": 0.312,
         "peak_memory_mb": 1234.5,
         "limit_share": 0.25,
     }
-    return {
-        "model": "vgg16",
-        "dataset": "synthetic",
-        "images_per_epoch": 50_000,
-        "batch_size": 128,
-        "augmentation": "crop-flip",
-        "config": {"model": "vgg16", "seconds": 150.0, "data_dir": "data", "compile_variant": True, "trace": True},
-        "rounds": 5,
-        "steps_per_round": 40,
-        "steps_per_epoch": 390,
-        "device": "Some GPU",
-        "limit_epoch_seconds": 1.0,
-        "variants": [row],
-        "versions": VERSIONS,
-        "commit": "0123456789abcdef-dirty",
-        "date": date,
-    }
+    return keep_run.kept_profile(
+        {
+            "model": "vgg16",
+            "dataset": "synthetic",
+            "images_per_epoch": 50_000,
+            "batch_size": 128,
+            "augmentation": "crop-flip",
+            "config": {"model": "vgg16", "seconds": 150.0, "data_dir": "data", "compile_variant": True, "trace": True},
+            "rounds": 5,
+            "steps_per_round": 40,
+            "steps_per_epoch": 390,
+            "device": "Some GPU",
+            "limit_epoch_seconds": 1.0,
+            "limit_images_per_second": 50_000.0,
+            "loader_alone_images_per_second": {"dali": 100_000.0},
+            "variants": [row],
+            "model_alone": row,
+            "versions": VERSIONS,
+            "commit": "0123456789abcdef-dirty",
+            "date": date,
+        }
+    )
 
 
-def benchmarks(*measured, gpu=None):
+def row(benchmark, case, candidate, seconds, times_as_long=1.0, images=32, device="Some CPU"):
     return {
-        "machine_info": {"fastres": {"cpu": "Some CPU", "gpu": gpu, "versions": VERSIONS, "commit": "0123456789"}},
-        "datetime": "2026-01-02T03:04:05",
-        "benchmarks": [{"name": name, "extra_info": extra} for name, extra in measured],
-    }
+        "benchmark": benchmark, "case": case, "images": images, "device": device, "candidate": candidate,
+        "seconds": seconds, "p20": seconds, "p80": seconds, "times_as_long": times_as_long,
+    }  # fmt: skip
+
+
+def benchmarks(*rows, date="2026-01-02 03:04"):
+    return {"machine": "Some CPU", "versions": VERSIONS, "commit": "0123456789", "date": date, "rows": list(rows)}
 
 
 def readme(name):
@@ -90,87 +101,53 @@ def test_the_newest_profile_is_shown():
 def test_benchmarks_are_shown_by_what_they_measured():
     contents = [
         benchmarks(
-            (
-                "test_loader[arrays-cpu]",
-                {
-                    "what": "loader",
-                    "images": "arrays",
-                    "device": "cpu",
-                    "images_per_second": {"eager": {"p50": 6800.0}, "dali": {"p50": 52000.0}},
-                    "times_as_long": {"eager": {"p50": 7.6}},
-                },
-            ),
-            (
-                "test_step[vgg16]",
-                {
-                    "what": "step",
-                    "model": "vgg16",
-                    "batch_size": 32,
-                    "seconds": {"eager": {"p50": 0.4}, "fastres": {"p50": 0.1}},
-                    "times_as_long": {"eager": {"p50": 4.0}},
-                },
-            ),
+            row("loader", "arrays", "dali", 0.5, images=26_000),
+            row("loader", "arrays", "eager", 3.8, 7.6, images=26_000),
+            row("forward", "vgg16", "fastres", 0.02),
+            row("forward", "vgg16", "eager", 0.064, 3.25),
+            row("forward", "vgg16", "compiled", 0.016, 0.8),
+            row("step", "vgg16", "fastres", 0.1),
+            row("step", "vgg16", "eager", 0.4, 4.0),
             *(
-                (
-                    f"test_batch_norm_relu[{shape}-forward+backward-residual]",
-                    {"times_as_long": {"eager": {"p50": eager}, "compile": {"p50": 1.5}, "copy": {"p50": 0.9}}},
-                )
+                row("operator", f"{shape} forward+backward residual", candidate, 0.001, times_as_long)
                 for shape, eager in (("64x32x32", 2.0), ("128x16x16", 3.0), ("256x8x8", 4.0))
+                for candidate, times_as_long in (("fused", 1.0), ("eager", eager), ("compile", 1.5), ("copy", 0.9))
             ),
         )
     ]
     measured = "2026-01-02, torch 2.11.0, 0123456 |"
-    assert f"| Some CPU | arrays | 6,800 | 52,000 | 7.6 | {measured}" in render.render(readme("loaders"), contents)
+    assert f"| Some CPU | arrays | 6,842 | 52,000 | 7.6 | {measured}" in render.render(readme("loaders"), contents)
+    assert f"| Some CPU | `vgg16` | 32 | 500 | 1,600 | 2,000 | 3.25 | {measured}" in render.render(
+        readme("forward"), contents
+    )
     assert f"| Some CPU | `vgg16` | 32 | 400.0 | 100.0 | 4.00 | {measured}" in render.render(readme("steps"), contents)
     assert f"| Some CPU | forward+backward | residual | 3.00 | 1.50 | 0.90 | {measured}" in render.render(
         readme("operator"), contents
     )
 
 
-def step(seconds):
-    return {
-        "what": "step", "model": "vgg16", "batch_size": 32, "times_as_long": {"eager": {"p50": 1.0}},
-        "seconds": {"eager": {"p50": seconds}, "fastres": {"p50": seconds}},
-    }  # fmt: skip
+def step(seconds, device="Some CPU"):
+    return [row("step", "vgg16", candidate, seconds, device=device) for candidate in ("fastres", "eager")]
 
 
 def test_each_device_is_shown():
-    contents = [benchmarks(("test_step[vgg16]", step(0.1)), gpu=gpu) for gpu in (None, "H100", "H200")]
-    text = render.render(readme("steps"), contents)
-    assert re.findall(r"^\| (.+?) \| `vgg16`", text, re.M) == ["Some CPU", "H100", "H200"]
-
-
-def test_a_loader_is_shown_with_the_device_that_it_feeds():
-    contents = [
-        benchmarks(
-            *(
-                (
-                    f"test_loader[arrays-{device}]",
-                    {
-                        "what": "loader",
-                        "images": "arrays",
-                        "device": device,
-                        "images_per_second": {"eager": {"p50": 1.0}, "dali": {"p50": 2.0}},
-                        "times_as_long": {"eager": {"p50": 2.0}},
-                    },
-                )
-                for device in ("cpu", "cuda")
-            ),
-            gpu="H100",
-        )
-    ]
-    text = render.render(readme("loaders"), contents)
-    assert re.findall(r"^\| (.+?) \| arrays", text, re.M) == ["Some CPU", "H100"]
+    devices = ["Some CPU", "H100", "H200"]
+    text = render.render(readme("steps"), [benchmarks(*step(0.1, device)) for device in devices])
+    assert re.findall(r"^\| (.+?) \| `vgg16`", text, re.M) == devices
 
 
 def test_the_newest_benchmark_is_shown():
-    contents = [
-        benchmarks(("test_step[vgg16]", step(seconds))) | {"datetime": f"2026-0{month}-01T00:00:00"}
-        for month, seconds in ((2, 0.1), (1, 0.9))
-    ]
+    contents = [benchmarks(*step(seconds), date=f"2026-0{month}-01 00:00") for month, seconds in ((2, 0.1), (1, 0.9))]
     text = render.render(readme("steps"), contents)
     assert "100.0" in text
     assert "900.0" not in text
+
+
+def test_candidates_of_two_measurements_are_not_mixed():
+    older = [row("forward", "vgg16", candidate, 0.9) for candidate in ("fastres", "eager", "compiled")]
+    newer = [row("forward", "vgg16", candidate, 0.1) for candidate in ("fastres", "eager")]
+    contents = [benchmarks(*newer, date="2026-02-01 00:00"), benchmarks(*older, date="2026-01-01 00:00")]
+    assert "| `vgg16` | 32 | 320 | 320 |  | 1.00 | 2026-02-01" in render.render(readme("forward"), contents)
 
 
 def test_each_batch_size_is_shown():
@@ -189,9 +166,92 @@ def test_candidates_take_turns_in_random_order():
     assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abcd", 6)
 
 
-def test_ratios_are_times_as_long_as_the_reference():
-    seconds = {"fused": np.ones(3), "eager": np.array([2.0, 3.0, 4.0])}
-    assert interleave.ratios(seconds, "fused") == {"eager": {"p20": 2.4, "p50": 3.0, "p80": 3.6, "fastest": 2.0}}
+def test_rows_are_medians_and_times_as_long_as_the_first_candidate():
+    seconds = {"fused": np.array([1.0, 1.0, 2.0]), "eager": np.array([2.0, 3.0, 8.0])}
+    fused, eager = interleave.rows_of("operator", "64x32x32 forward plain", 128, "Some CPU", seconds)
+    assert [eager[name] for name in ("candidate", "seconds", "p20", "p80")] == ["eager", 3.0, 2.4, 6.0]
+    assert [row["times_as_long"] for row in (fused, eager)] == [1.0, 3.0]
+
+
+def test_the_table_at_the_end_shows_images_a_second_and_times_eager():
+    rows = [
+        row("step", "vgg16", "fastres", 0.1) | {"p20": 0.09, "p80": 0.11},
+        row("step", "vgg16", "eager", 0.2, 1.9),
+        row("step", "resnet50", "fastres", 0.5),
+        row("first compiled step", "resnet18", "fastres", 8.28, images=None),
+    ]
+    lines = [line.split() for line in script("conftest").tables(rows)]
+    assert lines == [
+        [],
+        ["step,", "images/s,", "Some", "CPU"],
+        ["fastres", "eager", "x", "eager"],
+        ["vgg16", "320.0", "±10%", "160.0", "±0%", "1.90"],
+        ["resnet50", "64.0", "±0%"],
+        [],
+        ["first", "compiled", "step,", "seconds,", "Some", "CPU"],
+        ["fastres"],
+        ["resnet18", "8.3", "s"],
+    ]
+
+
+def pytest_in_the_root(*arguments):
+    """What pytest prints, and then the modules that it has imported."""
+    code = "import sys, pytest; code = pytest.main(sys.argv[1:]); print('imported', *sys.modules); sys.exit(code)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env=environment | {"FASTRES_BENCHMARK_BATCH": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed, imported = done.stdout.rsplit("imported ", 1)
+    return printed, imported.split()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder", "file"),
+    [
+        ([], "tests", "test_train.py"),
+        (["benchmarks/test_loaders.py", "--benchmark-only"], "benchmarks", "test_loaders.py"),
+    ],
+)
+def test_tests_and_benchmarks_are_collected_apart(arguments, folder, file):
+    printed, imported = pytest_in_the_root("--collect-only", "-q", *arguments)
+    found = {Path(line.split(":")[0]) for line in printed.splitlines() if ".py:" in line}
+    assert {path.parts[0] for path in found} == {folder}
+    assert Path(folder, file) in found
+    assert ("tests" in imported, "interleave" in imported) == (folder == "tests", folder == "benchmarks")
+
+
+def test_benchmark_only_shows_a_table_and_keeps_it_for_the_readme(tmp_path):
+    path = tmp_path / "bench-x.csv"
+    printed, imported = pytest_in_the_root("--benchmark-only", "-k", "step and vgg16", f"--benchmark-csv={path}")
+    assert "tests" not in imported
+    assert {"test_batch_norm_relu", "test_loaders", "test_training"} <= set(imported)
+    shown = re.search(r"step, images/s, .*\n +fastres +eager +x eager\nvgg16 .*", printed)
+    assert shown, printed
+    content = render.read_benchmarks(path)
+    assert content["command"].endswith(f"--benchmark-csv={path}")
+    assert {"date", "machine", "versions", "commit"} < content.keys()
+    fastres, eager = content["rows"]
+    assert shown[0].endswith(f" {eager['times_as_long']:.2f}")
+    assert f" {fastres['images'] / fastres['seconds']:,.1f} ±" in shown[0]
+    line = f"| `vgg16` | 2 | {1000 * eager['seconds']:,.1f} | {1000 * fastres['seconds']:,.1f} |"
+    assert line in render.render(readme("steps"), [content])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmark-csv=x.csv"], "--benchmark-csv x.csv: needs --benchmark-only"),
+        (["--benchmark-only", "--benchmark-csv=no/x.csv"], "--benchmark-csv no/x.csv: there is no such folder"),
+    ],
+)
+def test_a_table_that_could_not_be_kept_is_refused_before_anything_is_measured(arguments, message):
+    done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (pytest.ExitCode.USAGE_ERROR, f"ERROR: {message}")
 
 
 def test_the_operator_moves_what_the_roofline_counts():
@@ -201,13 +261,13 @@ def test_the_operator_moves_what_the_roofline_counts():
 
 
 def test_loaders_are_measured_in_images_a_second(monkeypatch):
-    module, results = script("test_loaders"), {}
+    module, measured = script("test_loaders"), []
     monkeypatch.setattr(module, "IMAGES", 256)
     monkeypatch.setattr(module, "ROUNDS", 1)
-    module.test_loader(SimpleNamespace(extra_info=results, pedantic=lambda *_, **__: None), synthetic(256), "cpu")
-    assert all(rate["p50"] > 1 for rate in results["images_per_second"].values())
-    faster = results["images_per_second"]["dali"]["p50"] / results["images_per_second"]["eager"]["p50"]
-    assert results["times_as_long"]["eager"]["p50"] == pytest.approx(faster)
+    module.test_loader(lambda *found: measured.append(found), synthetic(256), "cpu")
+    dali, eager = interleave.rows_of(*measured[0])
+    assert (dali["candidate"], dali["images"], eager["candidate"]) == ("dali", 256, "eager")
+    assert eager["times_as_long"] == pytest.approx(eager["seconds"] / dali["seconds"])
 
 
 @pytest.mark.parametrize(
@@ -220,6 +280,15 @@ def test_a_readme_without_a_place_is_an_error(text, message, tmp_path, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["", "# no JSON\na,b\n1,2\n", '# {"date": "x"}\na,b\n1,2,3\n4\n5,6,7,8\n'])
+def test_a_damaged_table_of_benchmarks_is_an_error(content, tmp_path, capsys):
+    (tmp_path / "README.md").write_text(readme("steps"))
+    (tmp_path / "bench-x.csv").write_text(content)
+    assert render.main([str(tmp_path / "README.md"), str(tmp_path)]) == 2
+    assert "bench-x.csv: not readable as a table of benchmarks" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == readme("steps")
 
 
 @pytest.fixture
@@ -252,6 +321,7 @@ def test_the_gpu_script_keeps_results_and_goes_on(run_gpu):
         "loaders: exit code 0",
         "steps: exit code 0",
         "profile-vgg11-8-compiled: exit code 3",
+        "forward: exit code 0",
         "tilings: exit code 0",
         "train-vgg11: exit code 3",
     ]
@@ -260,12 +330,12 @@ def test_the_gpu_script_keeps_results_and_goes_on(run_gpu):
 
 def test_the_gpu_script_ends_in_time_and_can_be_called_again(run_gpu):
     _, steps = run_gpu(BUDGET="1")
-    assert len(steps) == 10
+    assert len(steps) == 11
     assert all(line.endswith(": left out, no time") for line in steps)
     _, steps = run_gpu()
-    assert steps[10:13] == ["gpu-tests: exit code 0", "profile-vgg11-8: exit code 3", "operator: exit code 0"]
+    assert steps[11:14] == ["gpu-tests: exit code 0", "profile-vgg11-8: exit code 3", "operator: exit code 0"]
     _, again = run_gpu(DATA="cifar10")
-    assert again[20:] == ["study-architecture: exit code 0"]  # what failed would fail again
+    assert again[22:] == ["study-architecture: exit code 0"]  # what failed would fail again
 
 
 def test_the_gpu_script_repeats_what_ran_into_its_limit_and_what_was_deleted(run_gpu):
@@ -274,7 +344,7 @@ def test_the_gpu_script_repeats_what_ran_into_its_limit_and_what_was_deleted(run
     lines[0] = "gpu-tests: exit code 124 after 150 s"
     (out / "steps.txt").write_text("\n".join(line for line in lines if not line.startswith("operator")) + "\n")
     _, steps = run_gpu()
-    assert steps[9:] == ["gpu-tests: exit code 0", "operator: exit code 0"]
+    assert steps[10:] == ["gpu-tests: exit code 0", "operator: exit code 0"]
 
 
 @pytest.mark.parametrize("between", [" ", "="])
@@ -283,20 +353,31 @@ def test_runs_are_kept_and_shown_with_their_command(between, tmp_path):
         "best_accuracy": 90.333, "last_accuracy": 89.5, "epoch_seconds": 48.37, "images_per_second": 309.6,
         "data_wait_fraction": 0.0027, "device": "Some CPU", "versions": VERSIONS, "commit": "0123456789",
         "command": f"python -m fastres.train --data-dir{between}/home/me/x --output-dir{between}/home/me/y --lr 1",
-        "date": "2026-01-02 03:04",
+        "date": "2026-01-02 03:04", "dataset": "digits",
     }  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    (tmp_path / "config.json").write_text(json.dumps({"data_dir": "/home/me/x", "lr": 1.0}))
-    (tmp_path / "history.csv").write_text("epoch,lr\n1,0.5\n")
-    run = keep_run.kept(tmp_path, "digits")
-    assert run["config"] == {"data_dir": None, "output_dir": None, "lr": 1.0}
-    assert run["history"] == [{"epoch": 1, "lr": 0.5}]
+    (tmp_path / "config.json").write_text(
+        json.dumps({"asked": {"data_dir": "/home/me/x", "lr": 1.0}, "chosen": {"amp": "off"}})
+    )
+    run = keep_run.kept(tmp_path)
+    assert run["config"] == {"data_dir": None, "output_dir": None, "lr": 1.0, "amp": "off"}
     command = "python -m fastres.train --data-dir DIR --lr 1"
-    row = f"| `{command}` | digits | 90.33 / 89.50 % | 48.4 | 310 | 0.3 % | Some CPU, 2026-01-02, "
-    assert row in render.render(readme("training"), [run])
+    shown = f"| `{command}` | digits | 90.33 / 89.50 % | 48.4 | 310 | 0.3 % | Some CPU, 2026-01-02, "
+    assert shown in render.render(readme("training"), [run])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("train-*.json")), ids=lambda path: path.stem)
+def test_every_kept_file_says_where_its_figures_come_from():
+    profiles, runs = RESULTS.glob("profile-*.json"), RESULTS.glob("train-*.json")
+    contents = [render.read_json(path) for path in (*profiles, *runs)]
+    contents += [render.read_benchmarks(path) for path in RESULTS.glob("bench-*.csv")]
+    assert len(contents) >= 9
+    for content in contents:
+        assert content["device" if "device" in content else "machine"]
+        assert all(content[name] for name in ("command", "date", "commit"))
+        assert content["versions"].keys() >= {"python", "torch", "nvidia-dali-cuda130"}
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("train-*.json")), ids=lambda path: path.stem)
 def test_the_shown_command_gives_the_settings_of_its_run(path):
     run = json.loads(path.read_text())
     _, command = run["command"].split("python -m fastres.train ")
@@ -304,14 +385,16 @@ def test_the_shown_command_gives_the_settings_of_its_run(path):
     add_flags(parser, TrainConfig)
     given = parser.parse_flags(command.split())
     defaults = DATASET_DEFAULTS.get(run["config"]["dataset"], {})
-    config = TrainConfig(**{**defaults, **over_recipe(given)}).to_json()
-    of_the_machine = {"data_dir", "output_dir", "device", "amp", "loader", "compile", "compile_mode", "cuda_graphs"}
+    config = as_json(TrainConfig(**{**defaults, **over_recipe(given)}))
+    of_the_machine = {
+        "data_dir", "output_dir", "device", "amp", "loader", "fused", "compile", "compile_mode", "cuda_graphs",
+    }  # fmt: skip
     for name, value in run["config"].items():
         if name not in of_the_machine | {"warmup_epochs"}:
             assert config[name] == value, name
 
 
-@pytest.mark.parametrize("folder", sorted((ROOT / "benchmarks/results").glob("study-*")), ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", sorted(RESULTS.glob("study-*")), ids=lambda path: path.name)
 def test_a_kept_report_is_what_its_results_say(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "study")
     write_report(copy)
@@ -321,5 +404,5 @@ def test_a_kept_report_is_what_its_results_say(folder, tmp_path):
 def test_the_readme_shows_what_is_in_the_results(tmp_path):
     copy = tmp_path / "README.md"
     copy.write_text((ROOT / "README.md").read_text())
-    assert render.main([str(copy), str(ROOT / "benchmarks/results")]) == 0
+    assert render.main([str(copy), str(RESULTS)]) == 0
     assert copy.read_text() == (ROOT / "README.md").read_text()

@@ -92,11 +92,11 @@ def test_profiles_a_dataset_of_files(command_line, flags, image_folder):
 
 def test_settings_and_dataset_are_those_of_the_flags(image_folder, tmp_path):
     config = profile.ProfileConfig(
-        model="vgg13", dataset="folder", data_dir=image_folder, classes=("dark",), augmentation="none", workers=3,
+        model="vgg13", dataset="folder", data_dir=image_folder, classes=("dark",), augmentation="flip-crop", workers=3,
         device="cpu", output_dir=tmp_path,
     )  # fmt: skip
     chosen, dataset, _ = profile.prepare(config)
-    assert (chosen.model, chosen.augmentation, chosen.workers, chosen.output_dir) == ("vgg13", "none", 3, tmp_path)
+    assert (chosen.model, chosen.augmentation, chosen.workers, chosen.output_dir) == ("vgg13", "crop-flip", 3, tmp_path)
     assert dataset.classes == ("dark",)
     assert chosen.batch_size == 30  # all there are
     assert profile.prepare(profile.ProfileConfig(images=100, device="cpu"))[0].batch_size == 32
@@ -158,6 +158,7 @@ def test_without_dali_and_bf16_those_steps_are_left_out(command_line, flags, mon
         (["--batchsize", "1"], "unknown argument --batchsize; did you mean --batch-size"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--batch-size", "21"], "--batch-size 21: larger than the training set of 20 images"),
+        (["--augmentation", "crop-x"], "--augmentation 'crop-x': must be none, or steps joined by dashes"),
         (["--images", "0"], "--images 0: must be at least 1"),
         (["--rounds", "0"], "--rounds 0: must be at least 1"),
         (["--rounds", "few"], "--rounds: invalid int value: 'few'"),
@@ -195,6 +196,16 @@ def test_the_rival_is_the_compiled_model_without_the_operator():
         norms = {type(module) for module in variant.engine.model.modules() if isinstance(module, nn.BatchNorm2d)}
         assert norms == {BatchNormReLU2d if variant.config.fused else EagerBatchNormReLU2d}
     assert not any("compile" in line for line in left_out)
+
+
+def test_without_its_kernels_the_operator_is_left_out(monkeypatch):
+    monkeypatch.setattr("fastres.training.hardware.extension_error", "the C++ extension is not built")
+    config = profile.ProfileConfig(model="vgg11", images=20, batch_size=4, device="cpu")
+    defaults, dataset, why = profile.prepare(config)
+    assert "fused off (the C++ extension is not built)" in why
+    variants, left_out = profile.build_variants(config, defaults, dataset, torch.device("cpu"))
+    assert "+ fused operator (its kernels are missing)" in left_out
+    assert not any(variant.config.fused for variant in variants)
 
 
 def measured(name, seconds, wait=0.0, **engine):

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +13,10 @@ import pandas as pd
 import pytest
 
 from fastres import study
-from fastres.config import SETTING_TYPES, TrainConfig
+from fastres.config import TrainConfig, over_recipe
+from fastres.errors import UserError
+from fastres.fields import KINDS, required
+from fastres.files import claimed
 from fastres.studies import RESERVED, RunDefinition, Study, list_studies, load_study
 from fastres.training.checkpoint import read_checkpoint
 from tests.conftest import CommandLine
@@ -74,8 +76,8 @@ def test_a_study_of_two_runs(command_line, flags, tmp_path):
         history = pd.read_csv(out / f"{name}-seed0/history.csv")
         summary = json.loads((out / f"{name}-seed0/summary.json").read_text())
         assert summary["train_images"] == 42
-        assert summary["command"] == shlex.join(["python", *sys.orig_argv[1:]])
-        assert rows[label, 8] == [
+        assert "-m fastres.train --model vgg11 --dataset folder --epochs 2 " in summary["command"]
+        assert rows[label, 9] == [
             f"{history['test_accuracy'].max():.2f}",
             f"{history['test_accuracy'].iloc[-1]:.2f}",
             f"{history['test_accuracy'].mean():.2f}",
@@ -83,6 +85,7 @@ def test_a_study_of_two_runs(command_line, flags, tmp_path):
             f"{summary['test_loss']:,.4f}",
             f"{summary['params_millions']:.2f}",
             "2",
+            f"{summary['epoch_seconds']:.2f}",
         ]
         cost = rows[label, 6]
         assert cost[-2:] == [f"{summary['train_seconds']:.1f}", f"{summary['train_seconds']:.4f}"]
@@ -102,8 +105,13 @@ def stopped(flags, out, stop):
     while not (out / "high-seed0/history.csv").exists() and process.poll() is None:
         time.sleep(0.01)
     stop(process)
-    # also waits for the run's own process, which has the same standard error
     _, error = process.communicate(timeout=120)
+    while True:  # until the run's own process, which the study may not have waited for, has come to its end
+        try:
+            with claimed(out / "high-seed0"):
+                break
+        except UserError:
+            time.sleep(0.1)
     assert not (out / "high-seed0/summary.json").exists()
     return process.returncode, error
 
@@ -178,6 +186,37 @@ def test_built_in_studies():
     assert runs["vgg16-constant"].published["best_accuracy"] == 94.17
 
 
+def test_study_a_is_as_published():
+    """Its cutout is RandomErasing; one setting was published three times."""
+    published = {run.name: run for run in load_study("augmentation").runs}["crop-flip-erasing"]
+    assert published.flags["augmentation"] == "crop-flip-erasing"
+    assert published.published["best_accuracy"] == 87.43
+    same: dict[str, list[float]] = {"best_accuracy": [], "last_accuracy": []}
+    for name in ("architecture", "augmentation", "zero-gamma"):
+        for run in load_study(name).runs:
+            settings = vars(TrainConfig(**over_recipe(run.flags)))
+            if settings == vars(TrainConfig(**over_recipe({"recipe": "study-a", "model": "resnet50"}))):
+                for metric, values in same.items():
+                    values.append(run.published[metric])
+    for name in ("architecture", "augmentation", "zero-gamma"):
+        assert load_study(name).repeated == same
+    assert same["best_accuracy"] == [85.80, 85.77, 90.33]
+
+
+def test_study_b_is_as_published():
+    study_b = load_study("residual")
+    configs = [TrainConfig(**over_recipe(run.flags)) for run in study_b.runs]
+    assert [(config.model, config.lr, config.init, config.eval_batch_size) for config in configs] == [
+        ("resnet18", 0.1, "study-b", 128), ("vgg19_bn_4096", 0.1, "study-b", 128), ("vgg19_4096", 0.01, "study-b", 128),
+    ]  # fmt: skip
+    assert [(claim.metric, claim.expect, claim.after) for claim in study_b.conjectures] == [
+        ("mean_accuracy", "higher", ("resnet18", "vgg19-bn")),
+        ("best_accuracy", "higher", ("resnet18", "vgg19-bn")),
+        ("params_millions", "lower", ("resnet18", "vgg19-bn")),
+    ]
+    assert [phase.epochs for phase in study_b.phases] == [(10, 50), (50, 51), (80, 100)]
+
+
 def test_a_variant_overrides_its_runs(study_file):
     study_file.write_text(TINY + '[variants.fast]\nlabel = "faster"\nflags = { lr = 0.2 }\n')
     assert [(run.name, run.label, run.flags["lr"]) for run in load_study(str(study_file)).runs] == [
@@ -248,6 +287,42 @@ def test_mini_cifar10_from_files_takes_its_three_classes(arrays, tmp_path):
     assert asked == [("folder", tmp_path, ("airplane", "automobile", "bird"), False)]
 
 
+PARTS = """
+notes = ["One rate is high."]
+[repeated]
+best_accuracy = [75.25, 80]
+[[phases]]
+label = "late"
+epochs = [2, 3]
+[[conjectures]]
+text = "a high rate is better"
+expect = "higher"
+metric = "last_accuracy"
+runs = ["high", "low"]
+[[conjectures]]
+text = "and stays so"
+expect = "stays positive"
+before = ["high", "low"]
+after = ["high", "low"]
+[flags]"""
+
+
+def test_all_parts_of_a_file_come_to_the_report(command_line, flags, study_file, tmp_path):
+    study_file.write_text(TINY.replace("[flags]", PARTS))
+    assert command_line(*flags, "--no-eager-cost") == 0
+    described = json.loads((tmp_path / "out/study.json").read_text())
+    assert described["notes"] == ["One rate is high."]
+    assert described["repeated"] == {"best_accuracy": [75.25, 80]}
+    assert described["phases"] == [{"label": "late", "epochs": [2, 3]}]
+    pair = ["high", "low"]
+    assert [(item["expect"], item["metric"], item["before"], item["after"]) for item in described["conjectures"]] == [
+        ("higher", "last_accuracy", pair, pair), ("stays positive", "best_accuracy", pair, pair),
+    ]  # fmt: skip
+    report = (tmp_path / "out/report.md").read_text()
+    for words in ("- One rate is high.\n", "75.25, 80.00", "| late | 2-3 |", "Conjecture: a high rate is better. "):
+        assert words in report
+
+
 def conjecture(**values):
     """TINY's flags, and before them a conjecture with ``values``."""
     keys = {"text": '"x"', "expect": '"grows"', "before": '["low", "high"]', "after": '["low", "high"]'} | values
@@ -257,31 +332,52 @@ def conjecture(**values):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("lr = 0.02", "learning-rate = 0.02", r"tiny.toml: unknown key runs.high.flags.learning_rate; there are .*lr"),
+        (
+            "lr = 0.02",
+            "learning-rate = 0.02",
+            r"tiny.toml: unknown key runs.high.flags.learning_rate; choose from .*lr",
+        ),
         ("epochs", "epoch", r"unknown key flags.epoch; did you mean epochs"),
         ("lr = 0.02", 'lr = "fast"', r"runs.high.flags.lr: must be a number, not 'fast'"),
         ("lr = 0.02", "lr = nan", r"runs.high.flags.lr: must be a number, not nan"),
         ("epochs = 3", "epochs = true", r"flags.epochs: must be an integer, not True"),
         ("epochs = 3", "epochs = 3.5", r"flags.epochs: must be an integer, not 3.5"),
-        ('"vgg11"', '"vgg12"', r"flags.model: no choice 'vgg12'; there are .*vgg11"),
-        ("lr = 0.02", "lr = -1", r"tiny, run high: --lr -1.0: must be positive"),
+        ('"vgg11"', '"vgg12"', r"tiny, run low: --model: invalid choice 'vgg12'; choose from .*vgg11"),
+        ("lr = 0.02", "lr = -1", r"tiny, run high: --lr -1: must be above 0"),
         ("lr = 0.02", "zero-gamma = true", r"tiny, run high: --zero-gamma: vgg11 has no residual blocks"),
+        ("lr = 0.02", 'augmentation = "crop-x"', r"tiny, run high: --augmentation 'crop-x': .* the steps are crop, "),
         ("lr = 0.02", "seed = 1", r"runs.high.flags.seed: leave it out; --seeds gives the seeds"),
         ("lr = 0.02", 'classes = ["cow"]', r"tiny, run high: --classes: .* has no cow"),
         ("lr = 0.02", "batch-size = 90", r"tiny, run high: --batch-size 90: larger than the training set of 60"),
         ("best_accuracy", "accuracy", r"unknown key runs.low.published.accuracy; did you mean .*best_accuracy"),
         ("75.25", '"high"', r"runs.low.published.best_accuracy: must be a number"),
         ("[flags]", 'include = ["architecture/vgg17"]\n[flags]', r"include architecture/vgg17: .* has the runs vgg16"),
-        ("[flags]", 'figures = [{title = "x", runs = ["lo"]}]\n[flags]', r"figures.runs: no run lo; there are low"),
+        ("[flags]", 'figures = [{title = "x", runs = ["lo"]}]\n[flags]', r"figures.runs: no run lo; choose from low"),
         ("[flags]", "flags", r"tiny.toml: not readable as TOML"),
         (
             "[flags]",
             "[runs.low-b]\n[variants.c]\n[variants.b-c]\n[flags]",
             r"tiny.toml: two runs are called low-b-c; rename one",
         ),
-        ("[runs.low]", '[runs."a/b"]\n[runs.low]', r"runs.a/b: a run's name is its folder's, so it must not hold a /"),
-        ("[flags]", conjecture(before='["low"]'), r"conjectures: before and after must name two runs each"),
-        ("[flags]", conjecture(expect='"shrinks"'), r"conjectures.expect: must be one of grows, stays positive"),
+        (
+            "[runs.low]",
+            '[runs."a/b"]\n[runs.low]',
+            r"runs.a/b: a run's name is its folder's, so it must not contain a /",
+        ),
+        ("[flags]", conjecture(before='["low"]'), r"conjectures: 'grows' needs before and after, two runs each"),
+        ("[flags]", conjecture(expect='"shrinks"'), r"conjectures: expect must be one of grows, stays positive"),
+        ("[flags]", conjecture(expect='"lower"'), r"conjectures: 'lower' needs runs, two runs each, and no other key"),
+        (
+            "[flags]",
+            conjecture(runs='["low", "high"]'),
+            r"conjectures: 'grows' needs before and after, two runs each, and no other key",
+        ),
+        ("[flags]", conjecture(metric='"accuracy"'), r"conjectures: metric must be one of best_accuracy, "),
+        ("[flags]", "repeated = { best_accuracy = [1] }\n[flags]", r"repeated.best_accuracy: must be a list of two"),
+        ("[flags]", "repeated = { accuracy = [1, 2] }\n[flags]", r"unknown key repeated.accuracy; did you mean"),
+        ("[flags]", "phases = [{ label = 'x', epochs = [5, 5] }]\n[flags]", r"phases: epochs must be the first and"),
+        ("[flags]", "phases = [{ label = 'x' }]\n[flags]", r"phases.epochs: is missing"),
+        ("[flags]", "notes = 'x'\n[flags]", r"tiny.toml: notes: must be a list of strings, not 'x'"),
         (TINY, "title = 'nothing'", r"tiny.toml: no runs; add a table"),
         (TINY, "runs = 3", r"tiny.toml: runs: must be a table, not 3"),
     ],
@@ -299,9 +395,9 @@ def test_bad_files(old, new, message, command_line, flags, study_file, tmp_path)
         (["--seeds", "0,0"], "--seeds: a seed is named twice"),
         (["--seeds", "-1"], "--seeds: must not be negative"),
         (["--seeds", "a"], "--seeds: invalid list of integers value: 'a'"),
-        (["--scale", "0"], r"--scale 0.0: must be in \(0, 1\]"),
-        (["--data-scale", "2"], r"--data-scale 2.0: must be in \(0, 1\]"),
-        (["--price-per-hour", "-1"], "--price-per-hour -1.0: must not be negative"),
+        (["--scale", "0"], "--scale 0: must be above 0"),
+        (["--data-scale", "2"], "--data-scale 2: must be at most 1"),
+        (["--price-per-hour", "-1"], "--price-per-hour -1: must be at least 0"),
         (["--resume"], "--resume: .* holds no study"),
         (["--output-dir", "/dev/null/out"], "--output-dir /dev/null/out: cannot be made"),
         (["--data-dir", "nowhere"], "tiny, run low: --data-dir nowhere: no such folder"),
@@ -313,9 +409,9 @@ def test_bad_flags(arguments, message, command_line, flags, tmp_path):
 
 
 def test_an_unknown_study(command_line):
-    assert "architectur: no such study; there are architecture, " in command_line.one_line("architectur")
+    assert "architectur: no such study; choose from architecture, " in command_line.one_line("architectur")
 
 
 def test_a_file_can_set_every_flag_but_the_reserved():
     hints = get_type_hints(TrainConfig)
-    assert {name for name, kind in hints.items() if kind not in SETTING_TYPES} <= set(RESERVED)
+    assert {name for name, kind in hints.items() if required(kind) not in KINDS} <= set(RESERVED)

@@ -4,16 +4,24 @@ import io
 import itertools
 import json
 import re
+import shlex
 import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from fastres import train
 from fastres.config import TrainConfig, over_recipe
 from fastres.data.datasets import synthetic
-from fastres.train import configure, signals_noted, tracked
+from fastres.fields import as_json, read_table
+from fastres.train import catch_signals, tracked
+from fastres.training.start import choose_dataset
 from fastres.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("tiny_vgg11")
@@ -67,7 +75,8 @@ def test_resume_goes_on_where_the_run_stopped(command_line, flags, tmp_path):
 )
 def test_warm_up_fits_the_run(arguments, warmup_epochs, command_line, flags, tmp_path):
     assert command_line(*flags, *arguments) == 0
-    assert json.loads((tmp_path / "run/config.json").read_text())["warmup_epochs"] == warmup_epochs
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["asked"] | config["chosen"])["warmup_epochs"] == warmup_epochs
 
 
 def test_a_signal_ends_a_run_with_its_exit_code(command_line, flags, tmp_path, monkeypatch):
@@ -86,7 +95,7 @@ def test_a_signal_ends_a_run_with_its_exit_code(command_line, flags, tmp_path, m
 
 
 def test_a_second_signal_acts_at_once():
-    with signals_noted() as noted:
+    with catch_signals() as noted:
         assert noted() == 0
         signal.raise_signal(signal.SIGINT)
         assert noted() == signal.SIGINT
@@ -110,21 +119,23 @@ def test_help_groups_the_flags(command_line):
         (["--batchsize", "1"], "unknown argument --batchsize; did you mean --batch-size"),
         (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
         (["--epochs", "0"], "--epochs 0: must be at least 1"),
-        (["--lr", "-1"], "--lr -1.0: must be positive"),
-        (["--lr", "nan"], "--lr nan: must be positive"),
-        (["--lr", "inf"], "--lr inf: must be positive, and finite"),
+        (["--lr", "-1"], "--lr -1: must be above 0"),
+        (["--lr", "nan"], "--lr nan: must be above 0"),
+        (["--lr", "inf"], "--lr inf: must be below inf"),
         (["--epoch", "5"], "unknown argument --epoch; did you mean --epochs"),
-        (["--train-fraction", "0"], r"--train-fraction 0.0: must be in \(0, 1\]"),
+        (["--train-fraction", "0"], r"--train-fraction 0: must be above 0"),
         (["--batch-size", "61"], "--batch-size 61: larger than the training set of 60 images"),
         (["--schedule", "multistep"], "--schedule multistep: needs --milestones"),
         (["--milestones", "5,x"], "--milestones: invalid list of integers value: '5,x'"),
         (["--epochs", "1", "--warmup-epochs", "1"], "--warmup-epochs 1.0: must be less than --epochs 1"),
         (["--warmup-epochs", "2"], "--warmup-epochs 2.0: must be less than --epochs 2"),
-        (["--warmup-epochs", "-1"], "--warmup-epochs -1.0: must not be negative"),
+        (["--warmup-epochs", "-1"], "--warmup-epochs -1: must be at least 0"),
         (["--milestones", "1"], "--milestones 1: needs --schedule multistep"),
         (["--recipe", "study-a", "--warmup-epochs", "1"], "--warmup-epochs 1: needs another --schedule"),
         (["--compile-mode", "max-autotune"], "--compile-mode max-autotune: needs --compile"),
         (["--zero-gamma"], "--zero-gamma: vgg11 has no residual blocks"),
+        (["--augmentation", "crop-blur"], "--augmentation 'crop-blur': .*; the steps are crop, flip, cutout, erasing"),
+        (["--augmentation", "flip-flip"], "--augmentation 'flip-flip': must be none, or .* each at most once"),
         (["--amp", "fp16"], "--amp fp16: needs a GPU"),
         (["--classes", "dark,cow"], "--classes: .* has no cow; it has bright, dark"),
         (["--resume", "nowhere"], "--resume nowhere: no such file"),
@@ -136,12 +147,26 @@ def test_bad_flags(arguments, message, command_line, flags, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_without_the_extension(command_line, flags, monkeypatch):
-    monkeypatch.setattr("fastres.training.hardware.extension_error", ImportError("undefined symbol"))
-    message = command_line.one_line(*flags)
-    assert "the C++ extension of fastres does not import" in message
-    assert "`make setup`, or take --no-fused" in message
-    assert command_line(*flags, "--no-fused") == 0
+def test_without_the_extension(command_line, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastres.training.hardware.extension_error", "the C++ extension does not load; build it")
+    message = command_line.one_line(*flags, "--fused")
+    assert "--fused: the C++ extension does not load; build it; or take --no-fused" in message
+    message = command_line.one_line(*flags, "--sync-bn")
+    assert "--sync-bn: needs the fused operator: the C++ extension does not load; build it" in message
+    assert not (tmp_path / "run").exists()
+    assert command_line(*flags) == 0
+    assert "fused off (the C++ extension does not load; build it)" in command_line.out
+    assert json.loads((tmp_path / "run/summary.json").read_text())["fused"] is False
+
+
+def test_a_run_goes_on_where_its_extension_is_missing(command_line, flags, tmp_path, monkeypatch):
+    assert command_line(*flags, "--epochs", "1") == 0
+    assert "fused on (C++ kernels)" in command_line.out
+    monkeypatch.setattr("fastres.training.hardware.extension_error", "the C++ extension does not load; build it")
+    resume = ["--resume", tmp_path / "run", "--epochs", "2"]
+    assert "--fused: the C++ extension does not load; build it; or take --no-fused" in command_line.one_line(*resume)
+    assert command_line(*resume, "--no-fused") == 0
+    assert command_line("--eval", tmp_path / "run") == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -186,6 +211,129 @@ def test_a_folder_that_holds_another_run_is_left_as_it_is(command_line, flags, t
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
+def test_one_folder_for_two_runs_at_once(command_line, flags, tmp_path, monkeypatch):
+    seen, warm_up = [], Trainer.warm_up
+
+    def while_it_compiles(trainer):
+        if not seen:
+            before = sorted(path.name for path in (tmp_path / "run").iterdir())
+            seen.append(command_line.one_line(*flags))
+            assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+        return warm_up(trainer)
+
+    monkeypatch.setattr(Trainer, "warm_up", while_it_compiles)
+    assert command_line(*flags) == 0
+    assert "run: another process is writing to it; choose another folder" in seen[0]
+
+
+def test_a_folder_with_files_of_somebody_else(command_line, flags, tmp_path):
+    own = tmp_path / "run"
+    own.mkdir()
+    (own / "log").write_text("mine")  # as of `> own/log`
+    for name in ("config.json", "history.csv", "last.safetensors"):
+        (own / name).write_text("mine")
+        assert f"{name} in it would be overwritten" in command_line.one_line(*flags)
+        assert {path.name for path in own.iterdir()} == {"log", name}
+        (own / name).unlink()
+    assert command_line(*flags) == 0
+    assert (own / "log").read_text() == "mine"
+
+
+def test_a_start_that_died_may_be_begun_again(command_line, flags, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "warm_up", lambda trainer: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            command_line(*flags)
+    assert (tmp_path / "run/config.json").exists()
+    assert not (tmp_path / "run/last.pt").exists()
+    assert command_line(*flags) == 0
+
+
+def test_a_tilde_that_the_shell_has_left(command_line, flags, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    flags = [*flags[:4], "--data-dir=~/images", *flags[6:-2], "--output-dir=~/run"]
+    assert command_line(*flags) == 0
+    assert command_line("--resume=~/run", "--epochs", 3) == 0
+    assert command_line("--eval=~/run") == 0
+    assert (tmp_path / "run/summary.json").exists()
+    assert not (tmp_path / "~").exists()
+
+
+def test_renamed_classes(command_line, flags, image_folder, tmp_path):
+    assert command_line(*flags) == 0
+    for part in ("train", "test"):
+        (image_folder / part / "bright").rename(image_folder / part / "zebra")
+    message = r"holds the classes dark, zebra, but the run in .*run was trained on bright, dark"
+    assert re.search(message, command_line.one_line("--resume", tmp_path / "run", "--epochs", 3))
+    assert re.search(message, command_line.one_line("--eval", tmp_path / "run"))
+
+
+def test_a_checkpoint_without_its_best_weights(command_line, flags, tmp_path):
+    assert command_line(*flags) == 0
+    (tmp_path / "moved").mkdir()
+    moved = (tmp_path / "run/last.pt").rename(tmp_path / "moved/last.pt")
+    message = command_line.one_line("--resume", moved, "--epochs", 3)
+    assert re.search(r"best.safetensors, the weights of epoch \d, is missing beside last.pt", message)
+    assert [path.name for path in (tmp_path / "moved").iterdir()] == ["last.pt"]
+    (tmp_path / "run/best.safetensors").rename(tmp_path / "moved/best.safetensors")
+    assert command_line("--resume", moved, "--epochs", 3) == 0
+
+
+def test_trains_in_a_thread(command_line, flags, tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train.main, [str(flag) for flag in flags]).result() == 0
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def started(*arguments, options=(), module="fastres.train", shell="{}", **settings):
+    """A process of its own: exit code and standard error."""
+    command = shlex.join([sys.executable, *options, "-m", module, *map(str, arguments)])
+    done = subprocess.run(
+        ["sh", "-c", shell.format(command)], stderr=subprocess.PIPE, text=True, timeout=180, **settings
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_stdout(flags):
+    code, error = started(*flags, shell="{} > /dev/full")
+    assert (code, error) == (
+        1, "python -m fastres.train: error: cannot write to stdout (No space left on device); redirect it elsewhere\n"
+    )  # fmt: skip
+
+
+def test_a_closed_stdout_keeps_the_run(flags, tmp_path):
+    _, error = started(*flags, shell="{} | true")
+    assert error == "python -m fastres.train: error: cannot write to stdout (Broken pipe); redirect it elsewhere\n"
+
+
+SMALL_SHARED_MEMORY = "unshare --mount sh -c 'mount -t tmpfs -o size=256k tmpfs /dev/shm && {}'"
+
+
+@pytest.mark.skipif(started("-V", shell="unshare --mount true")[0] != 0, reason="no mount namespaces")
+def test_a_small_shared_memory(flags):
+    code, error = started(*flags, "--loader", "eager", shell=SMALL_SHARED_MEMORY, stdout=subprocess.DEVNULL)
+    assert code == 1
+    assert error.splitlines()[-1].startswith(
+        "python -m fastres.train: error: --loader eager: its workers' batches do not"
+    )
+    assert "Traceback" not in error
+
+
+def test_starts_in_the_packages_own_folder():
+    code, error = started("--help", cwd=Path(train.__file__).parent, stdout=subprocess.DEVNULL)
+    assert (code, error) == (0, "")
+
+
+def test_without_docstrings(flags):
+    code, error = started(*flags, "--loader", "dali", options=["-OO"], stdout=subprocess.DEVNULL)
+    assert code == 2
+    assert error.count("\n") == 1
+    assert "--loader dali: DALI does not import" in error
+    assert "take --loader eager" in error
+
+
 def test_resume_of_another_model(command_line, flags, tmp_path):
     assert command_line(*flags) == 0
     for arguments, message in (
@@ -194,6 +342,15 @@ def test_resume_of_another_model(command_line, flags, tmp_path):
     ):
         assert re.search(message, command_line.one_line("--resume", tmp_path / "run", *arguments))
         assert re.search(message, command_line.one_line("--eval", tmp_path / "run", *arguments))
+
+
+def test_the_spelling_of_an_augmentation_does_not_matter(command_line, flags, tmp_path):
+    assert command_line(*flags, "--augmentation", "erasing-flip-crop") == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["augmentation"] == "crop-flip-erasing"
+    assert command_line("--resume", tmp_path / "run", "--epochs", 3, "--augmentation", "crop-erasing-flip") == 0
+    message = command_line.one_line("--resume", tmp_path / "run", "--augmentation", "flip-crop")
+    assert "--augmentation crop-flip: " in message
+    assert "is a run with crop-flip-erasing; leave the flag off" in message
 
 
 def test_fewer_epochs_than_are_done(command_line, flags, tmp_path):
@@ -227,11 +384,11 @@ def test_the_studies_settings_are_the_published_ones(recipe, model, expected):
     published = {
         "study-a": {
             "dataset": "mini-cifar10", "augmentation": "none", "eval_batch_size": 100, "lr": 0.01,
-            "schedule": "constant",
+            "schedule": "constant", "init": "default",
         },
         "study-b": {
             "dataset": "cifar10", "augmentation": "crop-flip", "epochs": 100, "schedule": "multistep",
-            "milestones": (50, 75),
+            "milestones": (50, 75), "init": "study-b", "eval_batch_size": 128,
         },
     }  # fmt: skip
     expected = published[recipe] | expected
@@ -242,10 +399,9 @@ def test_the_studies_settings_are_the_published_ones(recipe, model, expected):
 
 
 def test_defaults_give_way_to_the_models_the_datasets_and_the_flags_that_were_given():
-    console = Console(quiet=True)
-
     def chosen(name="synthetic", **given):
-        return configure(over_recipe(given), console, lambda *_: (replace(synthetic(200), name=name), name))[0]
+        dataset = replace(synthetic(200), name=name)
+        return choose_dataset(over_recipe(given), lambda line: None, lambda *_: (dataset, name))[0]
 
     assert chosen(model="resnet18").lr == 0.1
     assert chosen(model="vgg16").lr == 0.01
@@ -259,4 +415,4 @@ def test_defaults_give_way_to_the_models_the_datasets_and_the_flags_that_were_gi
 
 def test_config_survives_json():
     config = TrainConfig(milestones=(5, 7), classes=("a", "b"), schedule="multistep", compile=True)
-    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json())), "config.json") == config
+    assert read_table(TrainConfig, json.loads(json.dumps(as_json(config)))) == config

@@ -7,7 +7,7 @@ import torch
 
 from fastres.data.datasets import Split
 from fastres.data.plan import EpochPlan
-from fastres.errors import UserError
+from fastres.errors import UserError, first_line
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -26,18 +26,16 @@ class Loader(Protocol):
 
 
 def choose_loader(name: str) -> tuple[str, str]:
-    """``dali`` or ``eager`` for ``auto``, and why; a loader named explicitly is kept.
-
-    Raises UserError where DALI is asked for and does not import.
-    """
+    """``dali`` or ``eager``, and the reason; a loader named explicitly is kept."""
     if name == "eager":
         return name, "asked for"
     try:
         import nvidia.dali  # noqa: F401
-    except ImportError as error:
+    except Exception as error:  # python -OO makes it a TypeError
         if name == "auto":
-            return "eager", f"DALI does not import: {error}"
-        raise UserError(f"--loader dali: DALI does not import ({error}); pip install nvidia-dali-cuda130") from error
+            return "eager", f"DALI does not import: {first_line(error)}"
+        mend = "pip install nvidia-dali-cuda130" if isinstance(error, ImportError) else "take --loader eager"
+        raise UserError(f"--loader dali: DALI does not import ({first_line(error)}); {mend}") from error
     return "dali", "asked for" if name == "dali" else "DALI imports"
 
 

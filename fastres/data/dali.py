@@ -95,6 +95,7 @@ class DaliLoader:
             "crop": (types.INT32, 1, None),
             "flip": (types.INT32, 0, None),
             "cutout": (types.FLOAT, 1, None),
+            "erasing": (types.FLOAT, 1, None),
         }
         for name, column in vars(plan).items():
             if column is None:
@@ -151,6 +152,9 @@ class DaliLoader:
                     centered_anchor=True,
                     fill_value=0.0,
                 )
+            if "erasing" in batch:
+                box = batch["erasing"]
+                images = fn.erase(images, anchor=box[:2], shape=box[2:], axes=[0, 1], fill_value=0.0)
             pipeline.set_outputs(images, labels)
         pipeline.build()
         return pipeline

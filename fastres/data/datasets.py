@@ -2,9 +2,12 @@
 
 import io
 import os
+import stat
 import subprocess
 import sys
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,10 +21,12 @@ from PIL import Image, ImageOps
 from fastres.errors import UserError
 
 IMAGE_SIZE = 32
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # Pillow and DALI differ on TIFF and PPM; DALI does not decode GIF
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
+LEFTOVERS = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}  # of archives, Windows and Synology; in lower case
 MAX_PIXELS = 2**26  # of an encoded image: 192 MiB decoded, and far more than 32x32 needs
 FILES_AT_ONCE = 64  # that a thread reads before it hands them over: a small image takes no longer than that
-BAD_FILES_NAMED = 3
+EXAMPLES = 3  # of bad files, or of suffixes, that a line names
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
@@ -37,7 +42,7 @@ Track = Callable[[Iterable[Any], int], Iterable[Any]]  # gives on that many item
 class Split:
     """N images and their labels.
 
-    images: uint8 ``[N, 32, 32, 3]``, or N encoded files (JPEG, PNG), each a uint8 array of its bytes.
+    images: uint8 ``[N, 32, 32, 3]``, or N encoded files (``IMAGE_FORMATS``), each a uint8 array of its bytes.
     labels: int64 ``[N]``, indices into the dataset's classes.
     resize: the encoded images are not all 32x32, so a loader resizes them after decoding.
     """
@@ -63,7 +68,8 @@ class Split:
 class Dataset:
     """Two splits, the class names, and the per-channel mean and standard deviation that normalise pixels in [0, 1].
 
-    skipped_images: how many files were left out because they are not readable.
+    skipped_images: how many files were left out because they are damaged.
+    other_files: the suffix of each file that was left out because it is no image of ``IMAGE_SUFFIXES`` in a class.
     """
 
     name: str
@@ -73,6 +79,7 @@ class Dataset:
     mean: tuple[float, float, float] = CIFAR10_MEAN
     std: tuple[float, float, float] = CIFAR10_STD
     skipped_images: int = 0
+    other_files: tuple[str, ...] = ()
 
     def subset(self, classes: Sequence[str]) -> "Dataset":
         """Only the images of ``classes``, relabelled in that order.
@@ -159,6 +166,9 @@ def cifar(name: str, data_dir: Path, download: bool = True) -> Dataset:
     source = datasets.CIFAR100 if name == "cifar100" else datasets.CIFAR10
     try:
         train, test = (source(str(data_dir), train=is_train, download=download) for is_train in (True, False))
+    except PermissionError as error:
+        path = error.filename or data_dir
+        raise UserError(f"{path}: {error.strerror}; make it readable and writable, or take --dataset digits") from error
     except Exception as error:  # torchvision raises whatever urllib, tarfile, pickle and its own checks raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -179,56 +189,111 @@ def cifar(name: str, data_dir: Path, download: bool = True) -> Dataset:
 def folder(
     data_dir: Path, classes: Sequence[str] = (), skip_bad_images: bool = False, track: Track = untracked
 ) -> Dataset:
-    """Image files as ``DIR/train/<class>/*.jpg|png`` and ``DIR/test/<class>/*``, kept encoded.
+    """Image files (``IMAGE_SUFFIXES``) anywhere in ``DIR/train/<class>/`` and ``DIR/test/<class>/``, kept encoded.
 
+    Hidden files and folders and ``LEFTOVERS`` are ignored. Class names and ``classes`` are compared in Unicode's NFC.
     Every file is decoded once here, so that the damaged ones are named before training begins, or left out with
     ``skip_bad_images``. ``classes`` are the only ones read, if given. ``track`` is given the files as they are read.
     Raises UserError for a missing folder, an empty class, classes that differ between train and test, unknown or
-    repeated ``classes``, and files that don't decode or have more than ``MAX_PIXELS``.
+    repeated ``classes``, whatever can't be read, and files that don't decode or have more than ``MAX_PIXELS``.
     """
-    if not data_dir.is_dir():
+    if not _is_folder(data_dir):
         raise UserError(f"--data-dir {data_dir}: no such folder")
     for part in ("train", "test"):
-        if not (data_dir / part).is_dir():
-            raise UserError(f"--data-dir {data_dir}: no folder {part}/ in it; expected {part}/<class>/*.jpg or *.png")
-    found, test_found = (
-        tuple(sorted(path.name for path in (data_dir / part).iterdir() if path.is_dir())) for part in ("train", "test")
-    )
-    if found != test_found:
-        differing = ", ".join(sorted(set(found) ^ set(test_found)))
+        if not _is_folder(data_dir / part):
+            raise UserError(f"--data-dir {data_dir}: no folder {part}/ in it; expected images in {part}/<class>/")
+    others: list[Path] = []
+    train, test = (_class_folders(data_dir / part, others) for part in ("train", "test"))
+    if train.keys() != test.keys():
+        differing = ", ".join(sorted(train.keys() ^ test.keys()))
         raise UserError(f"--data-dir {data_dir}: train/ and test/ must hold the same classes; only one has {differing}")
-    if not found:
-        raise UserError(f"--data-dir {data_dir}: train/ holds no class folders; expected train/<class>/*.jpg or *.png")
-    _check_classes(classes, data_dir, found)
-    names = tuple(classes) or found
-    paths = {part: [_image_files(data_dir / part / name) for name in names] for part in ("train", "test")}
-    images = _read_images([path for part in paths.values() for files in part for path in files], track)
+    if not train:
+        raise UserError(f"--data-dir {data_dir}: train/ holds no class folders; expected images in train/<class>/")
+    names = tuple(unicodedata.normalize("NFC", name) for name in classes) or tuple(sorted(train))
+    _check_classes(names, data_dir, sorted(train))
+    paths = [[_image_files(folders[name], others) for name in names] for folders in (train, test)]
+    images = _read_images([path for part in paths for files in part for path in files], track)
     bad = [path.relative_to(data_dir) for path, image in images.items() if image is None]
     if bad and not skip_bad_images:
-        listed = ", ".join(map(str, bad[:BAD_FILES_NAMED]))
-        more = f" and {len(bad) - BAD_FILES_NAMED:,} more" if len(bad) > BAD_FILES_NAMED else ""
         raise UserError(
-            f"--data-dir {data_dir}: not readable as JPEG or PNG images of up to {MAX_PIXELS / 1e6:.0f} megapixels: "
-            f"{listed}{more}; replace or remove them, or add --skip-bad-images"
+            f"--data-dir {data_dir}: not readable as JPEG, PNG, WebP or BMP images of up to {MAX_PIXELS / 1e6:.0f} "
+            f"megapixels: {_examples(bad)}; replace or remove them, or add --skip-bad-images"
         )
     return Dataset(
         name="folder",
         classes=names,
-        train=_encoded_split(paths["train"], images),
-        test=_encoded_split(paths["test"], images),
+        train=_encoded_split(paths[0], images),
+        test=_encoded_split(paths[1], images),
         skipped_images=len(bad),
+        other_files=tuple(path.suffix.lower() or "no suffix" for path in others),
     )
 
 
-def _image_files(root: Path) -> list[Path]:
-    files = sorted(path for path in root.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise UserError(f"{root}: holds no .jpg or .png file; fill it or leave it out through --classes")
-    return files
+def _examples(items: Sequence[object]) -> str:
+    more = f" and {len(items) - EXAMPLES:,} more" if len(items) > EXAMPLES else ""
+    return ", ".join(map(str, items[:EXAMPLES])) + more
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    broken = isinstance(error, FileNotFoundError) and path.is_symlink()
+    reason = f"broken symlink to {path.readlink()}" if broken else error.strerror
+    return UserError(f"{path}: {reason}; make it readable (--skip-bad-images leaves out damaged images only)")
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder or a symlink to one. Raises UserError where that can't be found out."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not path.is_symlink():
+            return False
+        raise _unreadable(path, error) from error
+
+
+def _entries(root: Path) -> list[Path]:
+    """The files and folders in ``root``, sorted, without hidden ones and ``LEFTOVERS``."""
+    try:
+        paths = sorted(root.iterdir())
+    except OSError as error:
+        raise _unreadable(root, error) from error
+    return [path for path in paths if not path.name.startswith(".") and path.name.lower() not in LEFTOVERS]
+
+
+def _class_folders(root: Path, others: list[Path]) -> dict[str, Path]:
+    """The folders in ``root`` by their names in NFC; what macOS has written may be NFD. The files go to ``others``."""
+    folders: dict[str, Path] = {}
+    for path in _entries(root):
+        name = unicodedata.normalize("NFC", path.name)
+        if not _is_folder(path):
+            others.append(path)
+        elif name in folders:
+            raise UserError(f"{root}: two folders are called {name}, in two Unicode spellings; merge them")
+        else:
+            folders[name] = path
+    return folders
+
+
+def _image_files(root: Path, others: list[Path]) -> list[Path]:
+    """The images in ``root`` and, as in torchvision's ImageFolder, its subfolders. Other files go to ``others``.
+
+    Raises UserError where there are none, and where a symlink leads back (the operating system's ELOOP).
+    """
+    folders = [root]
+    images: list[Path] = []
+    while folders:
+        for path in _entries(folders.pop()):
+            if _is_folder(path):
+                folders.append(path)
+            else:
+                (images if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
+    if not images:
+        suffixes = ", ".join(IMAGE_SUFFIXES)
+        raise UserError(f"{root}: holds no image file ({suffixes}); fill it or leave it out through --classes")
+    return sorted(images)
 
 
 def _read_images(paths: Sequence[Path], track: Track) -> dict[Path, EncodedImage | None]:
-    """The image files at ``paths``, None for those that no loader could decode."""
+    """The image files at ``paths``, None for the damaged ones. Raises UserError where one can't be read."""
     chunks = [paths[start : start + FILES_AT_ONCE] for start in range(0, len(paths), FILES_AT_ONCE)]
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool:
         read = pool.map(lambda chunk: [_read_image(path) for path in chunk], chunks)
@@ -237,20 +302,26 @@ def _read_images(paths: Sequence[Path], track: Track) -> dict[Path, EncodedImage
 
 def _read_image(path: Path) -> EncodedImage | None:
     try:
-        content = np.frombuffer(path.read_bytes(), np.uint8)
+        data = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        content = np.frombuffer(data, np.uint8)
         return content, decode_image(content).size
     except Exception:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         return None
 
 
 def decode_image(content: np.ndarray) -> Image.Image:
-    """The RGB image in the bytes of a JPEG or PNG file, turned as its EXIF says, as DALI decodes it.
+    """The RGB image in the bytes of a file of ``IMAGE_FORMATS``, turned as its EXIF says, as DALI decodes it.
 
-    Raises whatever Pillow's decoders raise, and ValueError for more than ``MAX_PIXELS``.
+    Raises whatever Pillow's decoders raise, and ValueError for more than ``MAX_PIXELS`` or a BMP of 16 bits a pixel.
     """
-    with Image.open(io.BytesIO(content.data), formats=("JPEG", "PNG")) as image:
+    with Image.open(io.BytesIO(content.data), formats=IMAGE_FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels")
+        if image.format == "BMP" and "BGR;1" in str(image.tile):  # BGR;15, BGR;16: DALI's levels differ by up to 7
+            raise ValueError("16 bits a pixel")
         for key in ("xmp", "XML:com.adobe.xmp", "transparency"):  # of which DALI takes no notice
             image.info.pop(key, None)
         ImageOps.exif_transpose(image, in_place=True)
@@ -288,7 +359,7 @@ def auto(data_dir: Path) -> tuple[Dataset, str]:
         )
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
         why = "did not finish" if isinstance(error, subprocess.TimeoutExpired) else "failed"
-        return digits(), f"digits, because CIFAR-10 is not under {data_dir} and its download {why}"
+        return digits(), f"digits, because CIFAR-10 is not readable under {data_dir} and its download {why}"
     return cifar("mini-cifar10", data_dir, download=False), f"mini-cifar10, downloaded to {data_dir}"
 
 
@@ -321,6 +392,10 @@ def load_dataset(
         raise UserError(f"--dataset {name}: unknown; there are {', '.join(DATASETS)}")
     if classes and name != "folder":  # which has read these alone
         dataset = dataset.subset(classes)
-    skipped = f", {dataset.skipped_images:,} unreadable files left out" if dataset.skipped_images else ""
-    counts = f"{len(dataset.classes)} classes, {len(dataset.train):,} train, {len(dataset.test):,} test{skipped}"
+    counts = f"{len(dataset.classes)} classes, {len(dataset.train):,} train, {len(dataset.test):,} test"
+    if dataset.skipped_images:
+        counts += f", {dataset.skipped_images:,} unreadable files left out"
+    if dataset.other_files:
+        suffixes = [suffix for suffix, _ in Counter(dataset.other_files).most_common()]
+        counts += f", {len(dataset.other_files):,} other files left out ({_examples(suffixes)})"
     return dataset, f"{note} ({counts})"

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,10 +13,14 @@ from torchvision.transforms import functional as F
 from fastres.data import Batch
 from fastres.data.datasets import IMAGE_SIZE, Split, decode_image
 from fastres.data.plan import CROP_PADDING, CUTOUT_SIZE, EpochPlan
+from fastres.errors import RunError
 
 # A worker must not collect the garbage of the process that it was forked from: the threads of a DALI pipeline, say, do
 # not exist in it.
 os.register_at_fork(after_in_child=gc.freeze)
+
+
+SHARED_MEMORY = "shared memory|Bus error"  # in torch's message if /dev/shm is full
 
 
 class EagerLoader:
@@ -52,7 +57,15 @@ class EagerLoader:
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``epoch`` from ``first_batch`` on, both counted from 0."""
         self.images.plan = self.plan_of_epoch(epoch)
-        return iter(self._batches(first_batch))
+        try:
+            yield from self._batches(first_batch)
+        except RuntimeError as error:
+            if not re.search(SHARED_MEMORY, str(error)):
+                raise
+            raise RunError(
+                "--loader eager: its workers' batches do not fit into shared memory; enlarge /dev/shm (docker run "
+                "--shm-size=1g), or take --loader dali"
+            ) from error
 
     def _batches(self, first_batch: int) -> DataLoader:
         return DataLoader(
@@ -99,4 +112,7 @@ class _PlannedImages(Dataset):
             row, column = plan.cutout[i].astype(int).tolist()
             half = CUTOUT_SIZE // 2
             tensor[:, max(row - half, 0) : row + half, max(column - half, 0) : column + half] = 0
+        if plan.erasing is not None:
+            top, left, height, width = plan.erasing[i].astype(int).tolist()
+            tensor[:, top : top + height, left : left + width] = 0
         return tensor, int(self.split.labels[index])

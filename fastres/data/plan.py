@@ -6,20 +6,22 @@ gives the same batches, a resumed run sees the data that the interrupted one wou
 slices of one plan.
 """
 
+import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fastres.data.datasets import IMAGE_SIZE
+from fastres.errors import UserError
 
 CROP_PADDING = 4  # pixels of zeros around the image before the random crop
 CUTOUT_SIZE = 16  # pixels, both sides
-
-AUGMENTATIONS = {
-    "none": frozenset[str](),
-    "crop-flip": frozenset({"crop", "flip"}),
-    "crop-flip-cutout": frozenset({"crop", "flip", "cutout"}),
-}
+# torchvision's defaults for RandomErasing
+ERASING_PROBABILITY = 0.5
+ERASING_AREA = 0.02, 0.33  # of the image's, uniform
+ERASING_ASPECT = 0.3, 3.3  # height over width, uniform in its logarithm
+ERASING_ATTEMPTS = 10  # to draw a rectangle that is smaller than the image
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,18 @@ class EpochPlan:
     order: int64 ``[N]``, which image of the split it is.
     crop: int32 ``[N, 2]``, top and left of the 32x32 window in the unpadded image, -4 to 4; None: not cropped.
     flip: int32 ``[N]``, 1 where the cropped image is mirrored left to right; None: not flipped.
-    cutout: float32 ``[N, 2]``, row and column of the centre of the 16x16 square that is set to the mean after all
-        else, 0 to 31, clipped at the border (DeVries & Taylor 2017, arXiv:1708.04552); None: no cutout.
+    cutout: float32 ``[N, 2]``, row and column of the centre of the 16x16 square that is set to the mean after
+        normalisation, 0 to 31, clipped at the border (DeVries & Taylor 2017, arXiv:1708.04552); None: no cutout.
+    erasing: float32 ``[N, 4]``, top, left, height and width of the rectangle that is set to the mean after
+        normalisation, drawn as torchvision's RandomErasing does (Zhong et al. 2017, arXiv:1708.04896); height and
+        width are 0 where nothing is erased; None: no erasing.
     """
 
     order: np.ndarray
     crop: np.ndarray | None = None
     flip: np.ndarray | None = None
     cutout: np.ndarray | None = None
+    erasing: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -55,16 +61,53 @@ class EpochPlan:
         return replace(self, **{name: column[rows] for name, column in vars(self).items() if column is not None})
 
 
+def draw_erasing(rng: np.random.Generator, num_images: int) -> np.ndarray:
+    """The plan's column ``erasing``."""
+    boxes = np.zeros((num_images, 4), np.float32)
+    flattest, tallest = np.log(ERASING_ASPECT)
+    rows = np.flatnonzero(rng.random(num_images) < ERASING_PROBABILITY)
+    for _ in range(ERASING_ATTEMPTS):
+        area = IMAGE_SIZE**2 * rng.uniform(*ERASING_AREA, len(rows))
+        aspect = np.exp(rng.uniform(flattest, tallest, len(rows)))
+        size = np.rint(np.sqrt([area * aspect, area / aspect])).astype(int).T
+        fits = (size < IMAGE_SIZE).all(axis=1)
+        corner = rng.integers(0, IMAGE_SIZE + 1 - size[fits])
+        boxes[rows[fits]] = np.hstack([corner, size[fits]])
+        rows = rows[~fits]
+    return boxes
+
+
+# The steps of augmentation in the order in which they are drawn and applied: crop and flip to the pixels, the others
+# after normalisation. Each draws the EpochPlan's column of its name; both loaders apply that.
+STEPS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "crop": lambda rng, images: rng.integers(-CROP_PADDING, CROP_PADDING + 1, (images, 2), np.int32),
+    "flip": lambda rng, images: rng.integers(0, 2, images, np.int32),
+    "cutout": lambda rng, images: rng.integers(0, IMAGE_SIZE, (images, 2)).astype(np.float32),
+    "erasing": draw_erasing,
+}
+
+
+def canonical_augmentation(augmentation: str) -> str:
+    """``none``, or the steps that ``augmentation`` joins by dashes in any order, in the order of ``STEPS``.
+
+    Raises UserError for an unknown or repeated step.
+    """
+    names = augmentation.split("-")
+    steps = [name for name in STEPS if name in names]
+    if len(steps) < len(names) and augmentation != "none":
+        raise UserError(
+            f"--augmentation {reprlib.repr(augmentation)}: must be none, or steps joined by dashes, each at most once, "
+            f"for instance crop-flip; the steps are {', '.join(STEPS)}"
+        )
+    return "-".join(steps) or "none"
+
+
 def training_plan(seed: int, epoch: int, num_images: int, augmentation: str) -> EpochPlan:
-    """The shuffled and augmented epoch ``epoch`` (from 0). ``augmentation`` is a key of ``AUGMENTATIONS``."""
-    steps = AUGMENTATIONS[augmentation]
+    """The shuffled and augmented epoch ``epoch`` (from 0); ``augmentation`` as in ``canonical_augmentation``."""
+    steps = canonical_augmentation(augmentation).split("-")
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
-    return EpochPlan(
-        order=rng.permutation(num_images),
-        crop=rng.integers(-CROP_PADDING, CROP_PADDING + 1, (num_images, 2), np.int32) if "crop" in steps else None,
-        flip=rng.integers(0, 2, num_images, np.int32) if "flip" in steps else None,
-        cutout=rng.integers(0, IMAGE_SIZE, (num_images, 2)).astype(np.float32) if "cutout" in steps else None,
-    )
+    order = rng.permutation(num_images)
+    return EpochPlan(order, **{name: draw(rng, num_images) for name, draw in STEPS.items() if name in steps})
 
 
 def evaluation_plan(num_images: int) -> EpochPlan:

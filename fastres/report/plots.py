@@ -21,7 +21,8 @@ def plot_curves(folder: Path, title: str) -> Path:
     for split, color in SPLITS.items():
         if f"{split}_loss" in history:
             marker = "o" if len(history) < 30 else ""
-            style = {"label": split, "color": color, "marker": marker, "markersize": 3}
+            line = "--" if split == "train" else "-"
+            style = {"label": split, "color": color, "linestyle": line, "marker": marker, "markersize": 3}
             loss.plot(history["epoch"], history[f"{split}_loss"], **style)
             accuracy.plot(history["epoch"], history[f"{split}_accuracy"], **style)
     selection = "val" if "val_accuracy" in history else "test"

@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from fastres.config import as_flag, read_json
+from fastres.fields import as_flag
+from fastres.files import read_json
 from fastres.report.style import styled
 
 MUCH_WAIT = 0.02  # of an epoch

@@ -17,14 +17,27 @@ import markdown
 import numpy as np
 import pandas as pd
 
-from fastres.config import read_json
 from fastres.errors import UserError
+from fastres.files import read_json
 from fastres.report import study_plots
-from fastres.training.checkpoint import check_history
+from fastres.training.history import check_history
 
 TARGETS = (80, 85, 90)  # % of test accuracy, that the time to is reported
 MAX_NAME = 100  # characters of a figure's file name that come from its title
 FIRST_EPOCHS = 5  # the early part of a run that Study A compares
+METRICS = {  # of the accuracy table: the column's title, digits, and the words for a difference
+    "best_accuracy": ("best, %", 2, "points of best accuracy"),
+    "last_accuracy": ("last, %", 2, "points of accuracy at the last epoch"),
+    "mean_accuracy": (
+        f"mean of epochs 1-{FIRST_EPOCHS}, %", 2, f"points of mean accuracy of epochs 1 to {FIRST_EPOCHS}"
+    ),
+    "spread": ("their spread", 2, f"points of spread in epochs 1 to {FIRST_EPOCHS}"),
+    "test_loss": ("test loss", 4, "of test loss"),
+    "params_millions": ("params, M", 2, "million parameters"),
+    "epochs": ("epochs", 0, "epochs"),
+    "epoch_seconds": ("s/epoch", 2, "seconds an epoch"),
+}  # fmt: skip
+CONSTANT = ("params_millions", "epochs")  # the same for every seed
 SUMMARY: dict[Any, tuple[str, ...]] = {  # what a report tells of a run, by type
     str: ("model", "dataset", "best_selected_on", "device", "loader", "amp"),
     str | None: ("commit",),
@@ -209,6 +222,8 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         "## Accuracy",
         accuracy_table(results),
         as_markdown(accuracy_notes(study, results)),
+        source_notes(study),
+        phase_table(study, results),
         *(f"### {picture}" for picture in curves),
         "## Cost",
         cost_table(results),
@@ -235,33 +250,23 @@ def scale_line(study: dict[str, Any]) -> str:
 
 
 def accuracy_table(results: list[Results]) -> str:
-    metrics = {
-        "best, %": ("best_accuracy", 2),
-        "last, %": ("last_accuracy", 2),
-        f"mean of epochs 1-{FIRST_EPOCHS}, %": ("mean_accuracy", 2),
-        "their spread": ("spread", 2),
-        "test loss": ("test_loss", 4),
-        "params, M": ("params_millions", 2),
-        "epochs": ("epochs", 0),
-    }
     rows = []
     for result in results:
-        estimates = {name: result.estimate(name) for name, _ in metrics.values()}
-        constant = ("params_millions", "epochs")  # the same for every seed
+        estimates = {name: result.estimate(name) for name in METRICS}
         rows.append(
             [f"**{as_markdown(result.label)}**"]
             + [
-                f"{estimates[name].mean:,.{digits}f}" if name in constant else number(estimates[name], digits)
-                for name, digits in metrics.values()
+                f"{estimates[name].mean:,.{digits}f}" if name in CONSTANT else number(estimates[name], digits)
+                for name, (_, digits, _) in METRICS.items()
             ]
         )
         if result.published:
             figures = [
                 f"{result.published[name]:,.{digits}f}" if name in result.published else ""
-                for name, digits in metrics.values()
+                for name, (_, digits, _) in METRICS.items()
             ]
             rows.append(["*published*", *figures])
-    return table(["run", *metrics], rows)
+    return table(["run", *(title for title, _, _ in METRICS.values())], rows)
 
 
 def number(estimate: Estimate, digits: int) -> str:
@@ -283,6 +288,43 @@ def accuracy_notes(study: dict[str, Any], results: list[Results]) -> str:
     if study["source"]:
         notes.append(f"Published figures: {study['source']}.")
     return " ".join(notes)
+
+
+def source_notes(study: dict[str, Any]) -> str:
+    """What the study says of the published figures, and how far those of equal settings are apart."""
+    notes = [
+        f"Runs of the same settings, as published: {METRICS[metric][2].removeprefix('points of ')} "
+        f"{', '.join(f'{value:.2f}' for value in sorted(values))}. Differences below {noise(study, metric):.2f} are "
+        "within the study's own noise."
+        for metric, values in study.get("repeated", {}).items()
+    ]
+    lines = "\n".join(f"- {as_markdown(note)}" for note in [*study.get("notes", []), *notes])
+    return f"### About the published figures\n\n{lines}" if lines else ""
+
+
+def noise(study: dict[str, Any], metric: str) -> float:
+    """How far apart the published figures of equal settings are."""
+    values = study.get("repeated", {}).get(metric, [0.0])
+    return max(values) - min(values)
+
+
+def phase_table(study: dict[str, Any], results: list[Results]) -> str:
+    """Of each run in each of the study's phases, scaled, that it comes to the end of: mean and sample standard
+    deviation of the test accuracy, and its change from the phase's first epoch to its last."""
+    rows = []
+    for result in results:
+        for phase in study.get("phases", []):
+            first, last = (max(round(epoch * study["scale"]), 1) for epoch in phase["epochs"])
+            last = max(last, first + 1)
+            if last <= len(result.histories[0]):
+                parts = [history["test_accuracy"][first - 1 : last] for history in result.histories]
+                figures = (pd.Series.mean, pd.Series.std, lambda part: part.iloc[-1] - part.iloc[0])
+                values = [Estimate.of([figure(part) for part in parts]).text() for figure in figures]
+                rows.append(
+                    [f"**{as_markdown(result.label)}**", as_markdown(phase["label"]), f"{first}-{last}", *values]
+                )
+    header = ["run", "phase", "epochs", "mean accuracy, %", "spread", "change, points"]
+    return f"### Accuracy by phase\n\n{table(header, rows)}" if rows else ""
 
 
 def cost_table(results: list[Results]) -> str:
@@ -360,9 +402,10 @@ def time_to(result: Results, target: float) -> str:
 def findings(study: dict[str, Any], results: list[Results]) -> list[str]:
     """What the figures say, in sentences."""
     by_name = {result.name: result for result in results}
-    accuracy = [conjecture_finding(item, by_name) for item in study["conjectures"]] or [
-        line for result in results[1:] for line in accuracy_findings(result, results[0])
-    ]
+    accuracy = [conjecture_finding(item, by_name) for item in study["conjectures"]]
+    if all(item["before"] == item["after"] for item in study["conjectures"]):  # each is about two runs of one table
+        compared = [line for result in results[1:] for line in accuracy_findings(study, result, results[0])]
+        accuracy = compared + order_findings(results) + accuracy
     models = one_of_each_model(results)
     cost = [cost_finding(result, models[0]) for result in models[1:]]
     speed = [eager_finding(result) for result in models if result.eager]
@@ -370,13 +413,12 @@ def findings(study: dict[str, Any], results: list[Results]) -> list[str]:
     return accuracy + cost + speed + times
 
 
-def accuracy_findings(result: Results, baseline: Results) -> list[str]:
-    """``result`` against ``baseline``: in best accuracy, and in that of the first epochs where it was published."""
+def accuracy_findings(study: dict[str, Any], result: Results, baseline: Results) -> list[str]:
+    """``result`` against ``baseline``: in best accuracy, and in that of the last and of the first epochs where it was
+    published."""
     lines = []
-    for metric, what in (
-        ("best_accuracy", "best accuracy"),
-        ("mean_accuracy", f"mean accuracy of epochs 1 to {FIRST_EPOCHS}"),
-    ):
+    for metric in ("best_accuracy", "last_accuracy", "mean_accuracy"):
+        what = METRICS[metric][2].removeprefix("points of ")
         published = [run.published[metric] for run in (result, baseline) if metric in run.published]
         if metric == "best_accuracy" or len(published) == 2:
             ours, theirs = result.estimate(metric), baseline.estimate(metric)
@@ -385,7 +427,10 @@ def accuracy_findings(result: Results, baseline: Results) -> list[str]:
                 f"({theirs.mean:.2f} %)"
             )
             if len(published) == 2:
-                line += f"; the study measured {difference(published[0] - published[1])}"
+                points = published[0] - published[1]
+                line += f"; the study measured {difference(points)}"
+                if abs(points) < noise(study, metric):
+                    line += f", less than the {noise(study, metric):.2f} between its own runs of the same settings"
             lines.append(line + ".")
     return lines
 
@@ -395,29 +440,61 @@ def difference(points: float, error: float | None = None) -> str:
     return f"{abs(points):.2f} points{uncertain} {'lower' if points < 0 else 'higher'}"
 
 
+def order_findings(results: list[Results]) -> list[str]:
+    """The order of three or more published runs by their best and by their last accuracy, here and in the study."""
+    metrics = ("best_accuracy", "last_accuracy")
+    if len(results) < 3 or any(metric not in result.published for result in results for metric in metrics):
+        return []
+    lines = []
+    for where, figure in (
+        ("", lambda result, metric: result.estimate(metric).mean),
+        (" in the study", lambda result, metric: result.published[metric]),
+    ):
+        best, last = (
+            "; ".join(result.label for result in sorted(results, key=lambda result: -figure(result, metric)))
+            for metric in metrics
+        )
+        end = "the same at the last epoch" if best == last else f"at the last epoch: {last}"
+        lines.append(f"From the highest best accuracy to the lowest{where}: {best}; {end}.")
+    return lines
+
+
 def conjecture_finding(conjecture: dict[str, Any], by_name: dict[str, Results]) -> str:
-    """Whether the difference in best accuracy does what was conjectured, beside its standard error."""
+    """Whether the difference does what was conjectured, beside its standard error."""
+    metric = conjecture.get("metric", "best_accuracy")
+    _, digits, difference_in = METRICS[metric]
     (first, second), (third, fourth) = ([by_name[name] for name in conjecture[key]] for key in ("before", "after"))
-    before, before_error = first.estimate("best_accuracy").minus(second.estimate("best_accuracy"))
-    after, after_error = third.estimate("best_accuracy").minus(fourth.estimate("best_accuracy"))
+    before, before_error = first.estimate(metric).minus(second.estimate(metric))
+    after, after_error = third.estimate(metric).minus(fourth.estimate(metric))
+    if math.isnan(after):
+        return f"Conjecture: {conjecture['text']}. Not decided: the runs are too short."
     value, error = after, after_error
     if conjecture["expect"] == "grows":
         value = after - before
         error = None if before_error is None or after_error is None else math.hypot(before_error, after_error)
+    if conjecture["expect"] == "lower":
+        value = -after
     verdict = "yes" if value > 0 else "no"
-    if error is None:
+    if error is None and metric not in CONSTANT:
         verdict += ", by one seed"
-    elif abs(value) < 2 * error:
+    elif error is not None and abs(value) < 2 * error:
         verdict = "not decided"
-    return (
+    line = (
         f"Conjecture: {conjecture['text']}. {verdict.capitalize()}: {third.label} minus {fourth.label} is "
-        f"{signed(after, after_error)} points of best accuracy, and {first.label} minus {second.label} "
-        f"{signed(before, before_error)}."
+        f"{signed(after, after_error, digits)} {difference_in}"
     )
+    if conjecture["expect"] not in ("higher", "lower"):
+        return f"{line}, and {first.label} minus {second.label} {signed(before, before_error, digits)}."
+    if metric in CONSTANT:
+        values = [run.estimate(metric).mean for run in (third, fourth)]
+        line += f", {max(values) / min(values):.1f} times"
+    if metric in third.published and metric in fourth.published:
+        line += f"; the study measured {third.published[metric] - fourth.published[metric]:+.{digits}f}"
+    return f"{line}."
 
 
-def signed(points: float, error: float | None) -> str:
-    return f"{points:+.2f}" + (f" ± {error:.2f}" if error is not None else "")
+def signed(value: float, error: float | None, digits: int) -> str:
+    return f"{value:+.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
 def cost_finding(result: Results, baseline: Results) -> str:

@@ -4,30 +4,38 @@ A file holds::
 
     title = "..."                     # of the report
     source = "..."                    # optional: where the published figures are from
+    notes = ["..."]                   # optional: sentences about the source, for the report
     include = ["architecture/vgg16"]  # optional: runs of built-in studies, with their flags and published figures
     [flags]                           # optional: flags of fastres.train that all of this file's own runs share
     [runs.NAME]                       # label, flags, published (its keys: METRICS), all optional
     [variants.NAME]                   # optional: label and flags; each run is done once in every variant
+    [repeated]                        # optional: METRIC = [...], figures that the source has for one and the same run
     [[figures]]                       # optional: title and runs; otherwise one figure shows all runs
-    [[conjectures]]                   # optional: see Conjecture
+    [[phases]]                        # optional: label and epochs = [FIRST, LAST], see Phase
+    [[conjectures]]                   # optional: text, expect, metric, and runs, or before and after, see Conjecture
 """
 
-import difflib
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastres.config import TrainConfig, is_a, read_setting
-from fastres.errors import UserError
+from fastres.config import read_settings
+from fastres.errors import UserError, named
+from fastres.fields import check_names, read_table
 
 BUILT_IN = Path(__file__).parent
 METRICS = (
     "best_accuracy", "last_accuracy", "mean_accuracy", "spread", "test_loss", "params_millions", "epochs",
     "epoch_seconds",
 )  # fmt: skip
-EXPECTATIONS = ("grows", "stays positive")
+EXPECTATIONS = {  # of a conjecture: the keys that name its runs
+    "grows": ("before", "after"),
+    "stays positive": ("before", "after"),
+    "higher": ("runs",),
+    "lower": ("runs",),
+}
 RESERVED = {"seed": "--seeds gives the seeds", "output_dir": "the study names the folders of its runs"}
 
 
@@ -50,16 +58,41 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Conjecture:
-    """A claim about the difference in best accuracy between two runs, ``first - second``, before and after a change.
+class Phase:
+    """The first and the last epoch, from 1, whose test accuracies the report sums up; ``--scale`` scales both."""
 
-    ``expect``: the difference ``grows`` from before to after, or it ``stays positive``.
+    label: str
+    epochs: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.epochs) != 2 or not 1 <= self.epochs[0] < self.epochs[1]:
+            raise UserError("epochs must be the first and the last, for instance [10, 50]")
+
+
+@dataclass(frozen=True)
+class Conjecture:
+    """A claim about the difference in ``metric`` between two runs, ``first - second``.
+
+    ``expect``: of the two ``runs``, the first is ``higher`` or ``lower``; or of two such pairs, ``before`` and
+    ``after`` a change, the difference ``grows``, or ``stays positive``.
     """
 
     text: str
     expect: str
-    before: tuple[str, str]
-    after: tuple[str, str]
+    metric: str = "best_accuracy"
+    runs: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, known in (("expect", EXPECTATIONS), ("metric", METRICS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}")
+        keys = EXPECTATIONS[self.expect]
+        if any(len(getattr(self, key)) != 2 * (key in keys) for key in ("runs", "before", "after")):
+            raise UserError(
+                f"to expect {self.expect!r}, {' and '.join(keys)} must name two runs each, and nothing else"
+            )
 
 
 @dataclass(frozen=True)
@@ -68,8 +101,37 @@ class Study:
     title: str
     source: str
     runs: tuple[RunDefinition, ...]
-    figures: tuple[Figure, ...]
-    conjectures: tuple[Conjecture, ...]
+    figures: tuple[Figure, ...] = ()
+    conjectures: tuple[Conjecture, ...] = ()
+    notes: tuple[str, ...] = ()
+    repeated: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    phases: tuple[Phase, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """[runs.NAME] or [variants.NAME] of a file."""
+
+    label: str = ""
+    flags: dict[str, Any] = field(default_factory=dict)
+    published: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """The keys of a file, described at the head of this module."""
+
+    title: str = ""
+    source: str = ""
+    notes: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    flags: dict[str, Any] = field(default_factory=dict)
+    runs: dict[str, RunTable] = field(default_factory=dict)
+    variants: dict[str, RunTable] = field(default_factory=dict)
+    repeated: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    figures: tuple[Figure, ...] = ()
+    phases: tuple[Phase, ...] = ()
+    conjectures: tuple[Conjecture, ...] = ()
 
 
 def list_studies() -> list[str]:
@@ -78,146 +140,93 @@ def list_studies() -> list[str]:
 
 
 def load_study(name: str) -> Study:
-    """The built-in study called ``name``, or that of the TOML file at that path.
-
-    Raises UserError for whatever is wrong with the name or the file.
-    """
-    path = Path(name) if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
+    """The built-in study called ``name``, or that of the TOML file at that path."""
+    path = Path(name).expanduser() if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
     if not path.is_file():
-        raise UserError(f"{name}: no such study; there are {', '.join(list_studies())}, or give a .toml file")
+        raise UserError(f"{name}: no such study; choose from {', '.join(list_studies())}, or give a .toml file")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as TOML ({error})") from error
-    return _Reader(path).study(content)
+    with named(path):
+        return build(path.stem, read_table(StudyFile, content))
 
 
-class _Reader:
-    """Turns the content of ``path`` into a Study; every error names the file and the key."""
+def build(name: str, file: StudyFile) -> Study:
+    """The study called ``name`` from the content of its file."""
+    shared = read_flags("flags", file.flags)
+    own = definitions("runs", file.runs)
+    runs = [included(name, item) for item in file.include] + [replace(run, flags=shared | run.flags) for run in own]
+    if not runs:
+        raise UserError("no runs; add a table [runs.NAME] with flags = { ... }")
+    if file.variants:
+        runs = [varied(run, variant) for run in runs for variant in definitions("variants", file.variants)]
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise UserError(f"two runs are called {max(names, key=names.count)}; rename one")
+    for figure in file.figures:
+        check_runs("figures.runs", figure.runs, names)
+    for item in file.conjectures:
+        check_runs("conjectures", (*item.runs, *item.before, *item.after), names)
+    check_names(file.repeated, METRICS, "repeated.")
+    for metric, numbers in file.repeated.items():
+        if len(numbers) < 2:
+            raise UserError(f"repeated.{metric}: must be a list of two numbers or more, not {list(numbers)}")
+    return Study(
+        name,
+        file.title or name,
+        file.source,
+        tuple(runs),
+        file.figures,
+        file.conjectures,
+        file.notes,
+        file.repeated,
+        file.phases,
+    )
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def study(self, content: dict[str, Any]) -> Study:
-        keys = ("title", "source", "include", "flags", "runs", "variants", "figures", "conjectures")
-        self.check_keys("", content, keys)
-        shared = self.flags("flags", self.table(content, "flags"))
-        runs = [self.included(name) for name in self.strings("include", content.get("include", []))]
-        for name, value in self.table(content, "runs").items():
-            run = self.run(f"runs.{name}", name, value)
-            runs.append(replace(run, flags=shared | run.flags))
-        if not runs:
-            raise UserError(f"{self.path}: no runs; add a table [runs.NAME] with flags = {{ ... }}")
-        variants = [self.run(f"variants.{key}", key, value) for key, value in self.table(content, "variants").items()]
-        if variants:
-            runs = [self.varied(run, variant) for run in runs for variant in variants]
-        names = [run.name for run in runs]
-        if len(set(names)) < len(names):
-            raise UserError(f"{self.path}: two runs are called {max(names, key=names.count)}; rename one")
-        return Study(
-            name=self.path.stem,
-            title=self.string("title", content.get("title", self.path.stem)),
-            source=self.string("source", content.get("source", "")),
-            runs=tuple(runs),
-            figures=tuple(self.figure(item, names) for item in self.tables(content, "figures")),
-            conjectures=tuple(self.conjecture(item, names) for item in self.tables(content, "conjectures")),
-        )
-
-    def run(self, where: str, name: str, value: Any) -> RunDefinition:
+def definitions(where: str, tables: dict[str, RunTable]) -> list[RunDefinition]:
+    found = []
+    for name, item in tables.items():
         if "/" in name or not name:
-            raise UserError(f"{self.path}: {where}: a run's name is its folder's, so it must not hold a /")
-        self.check_table(where, value)
-        self.check_keys(f"{where}.", value, ("label", "flags", "published"))
-        published = self.table(value, "published", f"{where}.")
-        self.check_keys(f"{where}.published.", published, METRICS)
-        for key, number in published.items():
-            if not is_a(number, float):
-                raise UserError(f"{self.path}: {where}.published.{key}: must be a number, not {number!r}")
-        flags = self.flags(f"{where}.flags", self.table(value, "flags", f"{where}."))
-        return RunDefinition(name, self.string(f"{where}.label", value.get("label", name)), flags, published)
+            raise UserError(f"{where}.{name}: a run's name is its folder's, so it must not contain a /")
+        check_names(item.published, METRICS, f"{where}.{name}.published.")
+        flags = read_flags(f"{where}.{name}.flags", item.flags)
+        found.append(RunDefinition(name, item.label or name, flags, item.published))
+    return found
 
-    def included(self, name: str) -> RunDefinition:
-        study, _, run = name.partition("/")
-        if study not in list_studies() or study == self.path.stem:
-            raise UserError(f"{self.path}: include {name}: must be STUDY/RUN of {', '.join(list_studies())}")
-        known = {definition.name: definition for definition in load_study(study).runs}
-        if run not in known:
-            raise UserError(f"{self.path}: include {name}: {study} has the runs {', '.join(known)}")
-        return known[run]
 
-    def varied(self, run: RunDefinition, variant: RunDefinition) -> RunDefinition:
-        """``run`` in ``variant``; its published figures hold only where the variant changes nothing."""
-        return RunDefinition(
-            name=f"{run.name}-{variant.name}",
-            label=f"{run.label}, {variant.label}",
-            flags=run.flags | variant.flags,
-            published=run.published if not variant.flags else variant.published,
-        )
+def read_flags(where: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The settings in ``values``, whose keys are flags without the two dashes in front."""
+    settings = read_settings(values, where)
+    for name in settings:
+        if name in RESERVED:
+            raise UserError(f"{where}.{name}: leave it out; {RESERVED[name]}")
+    return settings
 
-    def flags(self, where: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of TrainConfig in ``values``, whose keys are flags without the two dashes in front."""
-        settings = {key.replace("-", "_"): value for key, value in values.items()}
-        self.check_keys(f"{where}.", settings, vars(TrainConfig()))
-        for name, value in settings.items():
-            if name in RESERVED:
-                raise UserError(f"{self.path}: {where}.{name}: leave it out; {RESERVED[name]}")
-            settings[name] = read_setting(name, value, f"{self.path}: {where}.")
-        return settings
 
-    def figure(self, value: dict[str, Any], names: Collection[str]) -> Figure:
-        self.check_keys("figures.", value, ("title", "runs"))
-        return Figure(
-            self.string("figures.title", value.get("title")), self.names("figures.runs", value.get("runs"), names)
-        )
+def included(name: str, item: str) -> RunDefinition:
+    """The run STUDY/RUN of a built-in study, for the study called ``name``."""
+    study, _, run = item.partition("/")
+    if study not in list_studies() or study == name:
+        raise UserError(f"include {item}: must be STUDY/RUN of {', '.join(list_studies())}")
+    known = {definition.name: definition for definition in load_study(study).runs}
+    if run not in known:
+        raise UserError(f"include {item}: {study} has the runs {', '.join(known)}")
+    return known[run]
 
-    def conjecture(self, value: dict[str, Any], names: Collection[str]) -> Conjecture:
-        self.check_keys("conjectures.", value, ("text", "expect", "before", "after"))
-        if value.get("expect") not in EXPECTATIONS:
-            raise UserError(f"{self.path}: conjectures.expect: must be one of {', '.join(EXPECTATIONS)}")
-        pairs = [self.names(f"conjectures.{key}", value.get(key), names) for key in ("before", "after")]
-        if any(len(pair) != 2 for pair in pairs):
-            raise UserError(f"{self.path}: conjectures: before and after must name two runs each")
-        (first, second), (third, fourth) = pairs
-        text = self.string("conjectures.text", value.get("text"))
-        return Conjecture(text, value["expect"], (first, second), (third, fourth))
 
-    def check_keys(self, prefix: str, values: Mapping[str, Any], known: Collection[str]) -> None:
-        for key in values:
-            if key not in known:
-                close = difflib.get_close_matches(key, known, n=3)
-                hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
-                raise UserError(f"{self.path}: unknown key {prefix}{key}; {hint}")
+def varied(run: RunDefinition, variant: RunDefinition) -> RunDefinition:
+    """``run`` in ``variant``; its published figures hold only if the variant changes nothing."""
+    return RunDefinition(
+        name=f"{run.name}-{variant.name}",
+        label=f"{run.label}, {variant.label}",
+        flags=run.flags | variant.flags,
+        published=run.published if not variant.flags else variant.published,
+    )
 
-    def check_table(self, where: str, value: Any) -> None:
-        if not isinstance(value, dict):
-            raise UserError(f"{self.path}: {where}: must be a table, not {value!r}")
 
-    def table(self, values: Mapping[str, Any], key: str, prefix: str = "") -> dict[str, Any]:
-        self.check_table(prefix + key, values.get(key, {}))
-        return values.get(key, {})
-
-    def tables(self, values: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-        found = values.get(key, [])
-        if not isinstance(found, list):
-            raise UserError(f"{self.path}: {key}: must be a list of tables, [[{key}]]")
-        for item in found:
-            self.check_table(key, item)
-        return found
-
-    def string(self, where: str, value: Any) -> str:
-        if not isinstance(value, str):
-            raise UserError(f"{self.path}: {where}: must be a string, not {value!r}")
-        return value
-
-    def strings(self, where: str, value: Any) -> tuple[str, ...]:
-        if not is_a(value, tuple[str, ...]):
-            raise UserError(f"{self.path}: {where}: must be a list of strings, not {value!r}")
-        return tuple(value)
-
-    def names(self, where: str, value: Any, known: Collection[str]) -> tuple[str, ...]:
-        """Names of runs of this study."""
-        names = self.strings(where, value)
-        for name in names:
-            if name not in known:
-                raise UserError(f"{self.path}: {where}: no run {name}; there are {', '.join(known)}")
-        return names
+def check_runs(where: str, names: Iterable[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(f"{where}: no run {name}; choose from {', '.join(known)}")

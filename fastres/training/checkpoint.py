@@ -1,60 +1,40 @@
-"""What a run writes so that it can go on or be used: last.pt and best.safetensors. Opening either runs no code."""
+"""Checkpoints and weights: last.pt, which a run goes on from, and safetensors files. Opening either runs no code."""
 
 import json
-import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 
-from fastres.errors import RunError, UserError
+from fastres.errors import UserError, first_line
+from fastres.files import write_atomically
 from fastres.training import distributed
+from fastres.training.history import Row, check_history
 from fastres.training.trainer import Epoch, Trainer
 
-FORMAT = "fastres checkpoint 2"
-PARTS = {"format", "config", "history", "epoch", "step", "model", "momentum", "scaler", "rng", "cuda_rng"}
-COLUMNS = (
-    "epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
-    "epoch_seconds", "images_per_second", "data_wait_seconds",
-)  # fmt: skip
-VALIDATION_COLUMNS = ("val_loss", "val_accuracy")
+FORMAT = "fastres checkpoint 3"
+PARTS = {
+    "format", "run", "history", "steps_per_epoch", "epoch", "model", "optimizer", "average", "scaler", "rng",
+    "cuda_rng",
+}  # fmt: skip
 RANDOM_STATES = ("rng", "cuda_rng")
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls ``write`` with a temporary path and moves the file to ``path`` once it is on the disk.
-
-    A crash leaves the file that was there before, and so does a full disk, which raises RunError.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have their own
-        temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"{path}: cannot be written ({_first_line(error)}); make room, then --resume {path.parent}"
-        ) from error
-
-
 def save_weights(model: torch.nn.Module, path: Path) -> None:
-    """The state dict as safetensors, contiguous, with a checksum in the metadata."""
+    """Writes the state dict as safetensors, contiguous, with a checksum in the metadata."""
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"crc32": checksum(state)}
-    write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
+    content = save(state, {"crc32": checksum(state)})  # not save_file, which ignores the umask
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Raises UserError where ``path`` is missing, no safetensors file, damaged, or of another model."""
+    """Loads the safetensors file at ``path`` into ``model``; refuses a damaged file and another model's."""
     try:
         content = path.read_bytes()  # safe_open takes only paths that are UTF-8
         state = load(content)
@@ -64,7 +44,7 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         if not damaged:
             model.load_state_dict(state)
     except Exception as error:  # safetensors and torch raise OSError, SafetensorError, RuntimeError, ...
-        raise UserError(f"{path}: does not hold weights of this model ({_first_line(error)})") from error
+        raise UserError(f"{path}: does not hold weights of this model ({first_line(error)})") from error
     if damaged:
         raise UserError(f"{path}: damaged, its checksum is not the recorded one; take a copy of it, or train again")
 
@@ -77,27 +57,31 @@ def checksum(state: dict[str, torch.Tensor]) -> str:
     return f"{crc:08x}"
 
 
-def save_checkpoint(path: Path, trainer: Trainer, history: list[dict[str, Any]], epoch: Epoch | None = None) -> None:
-    """Everything that the next step depends on: of ``epoch``, if the run is in the middle of one.
+def save_checkpoint(
+    path: Path, trainer: Trainer, run: dict[str, Any], history: list[Row], epoch: Epoch | None = None
+) -> None:
+    """Writes everything that the next step depends on; ``epoch`` is the unfinished one, ``run`` the content of
+    config.json.
 
-    All processes of a job must call it, with the ``epoch`` of them all; rank 0 writes, also the others' random states.
+    A collective call: all processes of a job pass the joint ``epoch``; rank 0 writes, with the random states of all.
     """
-    state = snapshot(trainer, history, epoch)
+    state = snapshot(trainer, run, history, epoch)
     state |= {part: distributed.gather(state[part]) for part in RANDOM_STATES}
     if distributed.rank() == 0:
         write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
-def snapshot(trainer: Trainer, history: list[dict[str, Any]], epoch: Epoch | None) -> dict[str, Any]:
-    """What ``save_checkpoint`` writes for a single process, whose random states it puts into lists."""
+def snapshot(trainer: Trainer, run: dict[str, Any], history: list[Row], epoch: Epoch | None) -> dict[str, Any]:
+    """The content of a checkpoint, but with the random states of this process instead of lists of all."""
     return {
         "format": FORMAT,
-        "config": trainer.config.to_json(),
+        "run": run,
         "history": history,
+        "steps_per_epoch": trainer.steps_per_epoch,
         "epoch": epoch and epoch.state_dict(),
-        "step": len(history) * trainer.steps_per_epoch + (epoch.steps if epoch else 0),
         "model": trainer.model.state_dict(),
-        "momentum": trainer.momentum_buffers(),
+        "optimizer": trainer.optimizer.state_dict()["state"],  # the run's settings have the rest
+        "average": None,  # of weights
         "scaler": trainer.scaler.state_dict(),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(trainer.device) if trainer.device.type == "cuda" else None,
@@ -105,39 +89,37 @@ def snapshot(trainer: Trainer, history: list[dict[str, Any]], epoch: Epoch | Non
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What ``save_checkpoint`` wrote at ``path``, or in the folder ``path``; ``restore`` looks into it.
-
-    Raises UserError for anything else.
-    """
+    """The checkpoint at ``path``, or last.pt in the folder ``path``; ``restore`` checks its content."""
     if path.is_dir():
         path = path / "last.pt"
     if not path.is_file():
         raise UserError(f"--resume {path}: no such file; give a run's folder or its last.pt")
+    found: Any = None
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
                 raise ValueError("torch.save does not compress")
             damaged = archive.testzip()  # torch.load does not compare the checksums
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if damaged is None and state["format"] == FORMAT and state.keys() >= PARTS:
+        found = state["format"]
+        if damaged is None and found == FORMAT and state.keys() >= PARTS:
             return state
     except Exception:  # torch.load raises whatever zipfile and its unpickler raise
         pass
+    if isinstance(found, str) and found.startswith("fastres checkpoint ") and found < FORMAT:
+        raise UserError(f"--resume {path}: written by an older version of fastres; go on with that one, or train again")
     raise UserError(f"--resume {path}: not a checkpoint of fastres, or damaged; give a run's folder or its last.pt")
 
 
 def restore(state: dict[str, Any], trainer: Trainer) -> Epoch | None:
-    """Brings ``trainer`` to where ``state`` was saved, and returns the epoch that it was in the middle of, if any.
+    """Restores ``trainer`` from ``state`` and returns the unfinished epoch, if any.
 
-    The number of processes may be another: those that were not there before keep their own random state. Raises
-    UserError where ``state`` is not what ``save_checkpoint`` writes in a run of this model and training set.
+    The number of processes may differ; additional processes keep their own random state.
     """
-    # every process would find the same
-    distributed.from_rank_0(_fit_expected(trainer)(lambda: check(state, trainer)))
+    distributed.on_rank_0(_check_fits, state, trainer)  # every process would find the same
     with _fit_expected(trainer):
         trainer.model.load_state_dict(state["model"])
-        for name, buffer in trainer.momentum_buffers().items():
-            buffer.copy_(state["momentum"][name])
+        trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": state["optimizer"]})
         trainer.scaler.load_state_dict(state["scaler"])
         rank = distributed.rank()
         if rank < len(state["rng"]):
@@ -145,9 +127,9 @@ def restore(state: dict[str, Any], trainer: Trainer) -> Epoch | None:
             if trainer.device.type == "cuda" and state["cuda_rng"][rank] is not None:
                 torch.cuda.set_rng_state(state["cuda_rng"][rank], trainer.device)
         epoch = state["epoch"] and Epoch.from_state_dict(state["epoch"], trainer.device)
-    if epoch and rank > 0:  # rank 0 has the sums of all so far
-        none = Epoch.begin(epoch.number, trainer.device)
-        epoch = replace(epoch, loss_sum=none.loss_sum, correct=none.correct, images=none.images)
+    if epoch and rank > 0:  # rank 0 has the sums of all processes so far
+        empty = Epoch.begin(epoch.number, trainer.device)
+        epoch = replace(epoch, loss_sum=empty.loss_sum, correct=empty.correct, images=empty.images)
     return epoch
 
 
@@ -157,27 +139,31 @@ def _fit_expected(trainer: Trainer) -> Iterator[None]:
         yield
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"--resume {trainer.config.output_dir}: last.pt does not fit this run ({_first_line(error)})"
+            f"--resume {trainer.config.output_dir}: last.pt does not fit this run ({first_line(error)})"
         ) from error
 
 
+def _check_fits(state: dict[str, Any], trainer: Trainer) -> None:
+    with _fit_expected(trainer):
+        check(state, trainer)
+
+
 def check(state: dict[str, Any], trainer: Trainer) -> None:
-    """Raises ValueError where ``state``, which has all ``PARTS``, is not built as a snapshot of ``trainer``."""
+    """Raises ValueError if ``state``, which has all PARTS, differs in structure from a snapshot of ``trainer``."""
     check_history(state["history"], validated=trainer.config.val_fraction > 0)
     epoch = Epoch.begin(len(state["history"]), trainer.device) if state["epoch"] is not None else None
-    expected = snapshot(trainer, state["history"], epoch)
-    check_like(state["epoch"], expected["epoch"], "epoch")
-    check_like(state["step"], expected["step"], "step")
-    steps = len(state["history"]) * trainer.steps_per_epoch
+    expected = snapshot(trainer, state["run"], state["history"], epoch)
+    for part in ("steps_per_epoch", "epoch", "model", "optimizer", "average", "scaler"):
+        check_like(state[part], expected[part], part)
+    if state["steps_per_epoch"] != trainer.steps_per_epoch:
+        raise ValueError(
+            f"its epochs have {state['steps_per_epoch']:,} steps instead of {trainer.steps_per_epoch:,}: was the "
+            "training set another?"
+        )
     if epoch:
         number, done, images = (state["epoch"][name] for name in ("number", "steps", "images"))
         if number != epoch.number or not 0 < done <= min(trainer.steps_per_epoch, images):
             raise ValueError(f"it is at step {done} of epoch {number + 1}, after {len(state['history'])} finished ones")
-        steps += done
-    if state["step"] != steps:
-        raise ValueError(f"it is at step {state['step']:,} instead of {steps:,}: was the training set another?")
-    for part in ("model", "momentum", "scaler"):
-        check_like(state[part], expected[part], part)
     for part in RANDOM_STATES:
         if not isinstance(state[part], list) or len(state[part]) != len(state["rng"]):
             raise ValueError(f"{part} has not a state for each process")
@@ -189,24 +175,8 @@ def check(state: dict[str, Any], trainer: Trainer) -> None:
                 check_like(process, expected["cuda_rng"], "cuda_rng")
 
 
-def check_history(history: Any, validated: bool) -> None:
-    """Raises ValueError for what is not the list of the rows of epochs 1, 2, ..."""
-    columns = COLUMNS + (VALIDATION_COLUMNS if validated else ())
-    if not isinstance(history, list):
-        raise ValueError("its history is no list")
-    for i, row in enumerate(history):
-        if (
-            not isinstance(row, dict)
-            or not row.keys() >= set(columns)
-            or not all(type(value) in (int, float) for value in row.values())
-            or row["epoch"] != i + 1
-            or not row["epoch_seconds"] > 0
-        ):
-            raise ValueError(f"its history has no proper row of epoch {i + 1}")
-
-
 def check_like(found: Any, expected: Any, where: str) -> None:
-    """Raises ValueError where ``found`` is of another structure, type or shape than ``expected``."""
+    """Raises ValueError if ``found`` differs from ``expected`` in structure, type or shape."""
     if _kind(found) != _kind(expected):
         raise ValueError(f"{where} is {_kind(found)} instead of {_kind(expected)}")
     if isinstance(expected, dict):
@@ -221,7 +191,3 @@ def _kind(value: Any) -> str:
         return type(value).__name__
     words = "meta " * value.is_meta + "differentiable " * value.requires_grad
     return f"a {words}{value.layout} {value.dtype} {list(value.shape)}".replace("torch.", "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

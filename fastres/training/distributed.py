@@ -1,9 +1,10 @@
-"""The processes that torchrun starts for one job. In a process on its own, each function is what one process does."""
+"""The processes that torchrun starts for one job. In a single process each function is a no-op or the identity."""
 
 import os
 import re
 import signal
 import sys
+import threading
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,14 +24,14 @@ def launched() -> bool:
 
 
 def refuse(parser: ArgumentParser) -> None:
-    """Exits with one line, of rank 0, if torchrun started a command line that is for one process."""
+    """Exits with one line if torchrun started a command that runs in a single process."""
     if launched():
         line = f"{parser.prog}: error: trains in one process; start it without torchrun\n"
         parser.exit(2, line if os.environ["RANK"] == "0" else None)
 
 
 def restarts() -> tuple[int, int]:
-    """How often torchrun has started this job again, and how often it would."""
+    """How often torchrun has restarted this job, and its --max-restarts."""
     if not launched():
         return 0, 0
     return int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["TORCHELASTIC_MAX_RESTARTS"])
@@ -38,10 +39,7 @@ def restarts() -> tuple[int, int]:
 
 @contextmanager
 def job() -> Iterator[None]:
-    """Joins the other processes of the job, if torchrun started more than one.
-
-    What lies on the CPU then travels through Gloo and what lies on a GPU through NCCL.
-    """
+    """Joins the process group if torchrun started several processes: Gloo for CPU tensors, NCCL for CUDA ones."""
     if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
@@ -60,7 +58,7 @@ def job() -> Iterator[None]:
 
 
 def rank() -> int:
-    """This process's number in the job, from 0. Rank 0 alone writes files and prints."""
+    """This process's number in the job, from 0. Only rank 0 writes files and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -70,10 +68,7 @@ def world_size() -> int:
 
 
 def local_device(kind: str) -> torch.device:
-    """``cpu``, or the GPU of this process: one for each of the processes of a machine.
-
-    Raises UserError where the machine has fewer GPUs than processes.
-    """
+    """``cpu``, or this process's GPU: each of a machine's processes needs its own."""
     if kind == "cpu":
         return torch.device(kind)
     if dist.is_initialized():
@@ -87,21 +82,21 @@ def local_device(kind: str) -> torch.device:
 
 
 def largest_shard(number: int) -> int:
-    """What ``number`` things, shared out evenly, are for the process that gets most of them."""
+    """Size of the largest shard of ``number`` items."""
     return -(-number // world_size())
 
 
-def from_rank_0(make: Callable[[], T]) -> T:
-    """What ``make`` returns on rank 0, where alone it is called, in every process.
+def on_rank_0(function: Callable[..., T], *arguments: Any) -> T:
+    """Calls ``function`` on rank 0 only, and returns its result in every process.
 
-    A UserError or SystemExit of ``make`` is rank 0's to report: the others exit with its code and say nothing.
+    Rank 0 reports a UserError or SystemExit of ``function``; the other processes exit silently with the same code.
     """
     if not dist.is_initialized():
-        return make()
+        return function(*arguments)
     outcome: list[Any] = [None, None]  # the result, or the exit code
     if rank() == 0:
         try:
-            outcome[0] = make()
+            outcome[0] = function(*arguments)
         except (UserError, SystemExit) as error:
             dist.broadcast_object_list([None, error.exit_code if isinstance(error, UserError) else error.code])
             raise
@@ -120,8 +115,8 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def highest(*numbers: int) -> list[int]:
-    """The highest that any process has for each of ``numbers``. Quick, and no GPU is waited for."""
+def max_over_processes(*numbers: int) -> list[int]:
+    """Element-wise maximum over processes; does not synchronise the GPU."""
     if not dist.is_initialized():
         return list(numbers)
     joined = torch.tensor(numbers)
@@ -130,19 +125,20 @@ def highest(*numbers: int) -> list[int]:
 
 
 def copy_from_rank_0(tensors: Iterable[torch.Tensor]) -> None:
-    """Makes ``tensors``, alike in shape in all processes, what they are on rank 0."""
+    """Overwrites ``tensors``, of equal shapes in all processes, with those of rank 0."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, 0)
 
 
 @contextmanager
-def loss_of_processes_named(advice: str = "") -> Iterator[None]:
-    """Raises RunError, ending with ``advice``, where another process is gone that this one exchanges tensors with."""
+def explain_lost_process(advice: str = "") -> Iterator[None]:
+    """Raises RunError, which ends with ``advice``, if a peer process has died during a collective operation."""
     try:
         yield
-    except RuntimeError as error:  # all that Gloo raises
+    except RuntimeError as error:  # the type that Gloo and NCCL raise
         if not (dist.is_initialized() and re.search("gloo|nccl", str(error), re.IGNORECASE)):
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends next; the message comes first
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it next; the message comes first
         raise RunError(f"another process of this job died; its own message says why{advice}") from error

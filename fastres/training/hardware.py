@@ -1,11 +1,19 @@
-"""What ``auto`` stands for on this machine. Every choice comes with its reason, for the line that a run prints."""
+"""The choices that ``auto`` stands for on this machine, each with its reason for the line that a run prints."""
+
+import os
+import shutil
+from dataclasses import replace
 
 import torch
 
+from fastres.config import TrainConfig
+from fastres.data import choose_loader
+from fastres.data.datasets import DATASETS, Dataset
 from fastres.errors import UserError
 from fastres.ops.batch_norm_relu import extension_error
 from fastres.training.distributed import local_device, world_size
 from fastres.training.memory import keep_freed_memory
+from fastres.training.schedule import SCHEDULES
 
 GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile: they capture CUDA graphs
 COMPILE_STEPS = 2000  # a run shorter than this may not win back the minute that compiling takes
@@ -23,15 +31,6 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     return torch.device("cpu"), "asked for" if name == "cpu" else "no CUDA device"
 
 
-def check_extension() -> None:
-    """Raises UserError where the fused operator's CPU kernels do not import."""
-    if extension_error:
-        raise UserError(
-            f"the C++ extension of fastres does not import ({extension_error}): build it with `make setup`, or take "
-            "--no-fused"
-        ) from extension_error
-
-
 def choose_amp(name: str, device: torch.device) -> tuple[str, str]:
     """``bf16``, ``fp16`` or ``off``. Raises UserError for fp16 on a CPU, which torch would run more slowly."""
     if name == "fp16" and device.type == "cpu":
@@ -47,6 +46,27 @@ def choose_amp(name: str, device: torch.device) -> tuple[str, str]:
     if torch.cpu._is_avx512_bf16_supported():
         return "bf16", "the CPU has AVX512-BF16"
     return "off", "the CPU has neither AMX nor AVX512-BF16"
+
+
+def choose_fused(wanted: bool | None, device: torch.device, sync_bn: bool) -> tuple[bool, str]:
+    """Whether norm, residual add and ReLU are the fused operator, which ``sync_bn`` needs.
+
+    Raises UserError where it is asked for and cannot run here.
+    """
+    if wanted is False:
+        return False, "asked for"
+    if device.type == "cpu":
+        kernels, missing = "C++", extension_error
+    else:  # Triton compiles what launches its kernels
+        found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        kernels, missing = "Triton", "" if found else "Triton finds no C compiler: install gcc or clang, or set CC"
+    if missing and sync_bn:
+        raise UserError(f"--sync-bn: needs the fused operator: {missing}")
+    if missing and wanted:
+        raise UserError(f"--fused: {missing}; or take --no-fused")
+    if missing:
+        return False, missing
+    return True, "asked for" if wanted else f"{kernels} kernels"
 
 
 def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> tuple[bool, str]:
@@ -75,8 +95,58 @@ def choose_cuda_graphs(wanted: bool | None, device: torch.device, compile_mode: 
 
 
 def tune_libraries(device_type: str) -> None:
-    """Settings of the whole process: memory that stays on the CPU, and cuDNN's trial of its algorithms on a GPU."""
+    """Process-wide settings: freed memory is kept on a CPU, cuDNN tries its algorithms on a GPU."""
     if device_type == "cpu":
         keep_freed_memory()
     else:
         torch.backends.cudnn.benchmark = True
+
+
+def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
+    """``config`` with every ``auto`` but the output folder replaced by what this machine and dataset call for, and a
+    line with the reasons."""
+    images = len(dataset.train) - round(len(dataset.train) * config.val_fraction)
+    evaluated = max(len(dataset.test), len(dataset.train) - images, 1)
+    if config.batch_size > images:
+        raise UserError(f"--batch-size {config.batch_size}: larger than the training set of {images} images")
+    processes, last_batch = world_size(), images % config.batch_size
+    if config.batch_size % processes:
+        raise UserError(f"--batch-size {config.batch_size}: must be a multiple of the {processes} processes")
+    if 0 < last_batch < processes and not config.drop_last:
+        raise UserError(
+            f"--batch-size {config.batch_size}: leaves {last_batch} of {images} images for the last batch of "
+            f"{processes} processes; add --drop-last, or choose another"
+        )
+    steps = config.epochs * steps_per_epoch(config, images)
+    device, device_why = choose_device(config.device)
+    amp, amp_why = choose_amp(config.amp, device)
+    fused, fused_why = choose_fused(config.fused, device, config.sync_bn)
+    compiled, compile_why = choose_compile(config.compile, device, steps)
+    cuda_graphs, graphs_why = choose_cuda_graphs(config.cuda_graphs, device, config.compile_mode if compiled else None)
+    loader, loader_why = choose_loader(config.loader)
+    warmup_epochs = config.warmup_epochs
+    if warmup_epochs is None:
+        warmup_epochs = SCHEDULES[config.schedule].default_warmup(config.epochs)
+    chosen = replace(
+        config,
+        dataset=dataset.name if dataset.name in DATASETS else config.dataset,  # others are a caller's own
+        eval_batch_size=min(config.eval_batch_size, evaluated),
+        warmup_epochs=warmup_epochs,
+        device=device.type,
+        amp=amp,
+        fused=fused,
+        compile=compiled,
+        cuda_graphs=cuda_graphs,
+        loader=loader,
+    )
+    on = {True: "on", False: "off"}
+    line = (
+        f"device {device.type} ({device_why}), amp {amp} ({amp_why}), fused {on[fused]} ({fused_why}), "
+        f"compile {on[compiled]} ({compile_why}), CUDA graphs {on[cuda_graphs]} ({graphs_why}), "
+        f"loader {loader} ({loader_why})"
+    )
+    return chosen, line
+
+
+def steps_per_epoch(config: TrainConfig, images: int) -> int:
+    return images // config.batch_size if config.drop_last else -(-images // config.batch_size)

@@ -1,13 +1,10 @@
 """A whole run: dataset and settings in, a folder of results out."""
 
-import json
-import platform
-import resource
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, partial
@@ -18,88 +15,43 @@ from typing import Any
 import pandas as pd
 import torch
 
-import fastres
 from fastres.config import ENGINE, TrainConfig
-from fastres.data import Loader, choose_loader, create_loader
+from fastres.data import Loader, create_loader
 from fastres.data.datasets import Dataset, Split
 from fastres.data.plan import EpochPlan, evaluation_plan, training_plan
 from fastres.errors import Interrupted, RunError, UserError
+from fastres.fields import as_json
+from fastres.files import claimed, new_folder, write_atomically, write_json
+from fastres.machine import commit, device_name, peak_memory_mb, versions
 from fastres.models import create_model
 from fastres.training import distributed
-from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights, write_atomically
+from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights
 from fastres.training.event_log import EventLog
-from fastres.training.hardware import (
-    check_extension,
-    choose_amp,
-    choose_compile,
-    choose_cuda_graphs,
-    choose_device,
-)
-from fastres.training.schedule import ONECYCLE_RISE
+from fastres.training.hardware import steps_per_epoch
+from fastres.training.history import Row, best_row
 from fastres.training.trainer import Epoch, Evaluation, Trainer
 
-Row = dict[str, Any]
-
-
-def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
-    """``config`` with every ``auto`` replaced by what this machine and dataset call for, and a line that says why.
-
-    Raises UserError for what the machine or the dataset cannot do.
-    """
-    images = len(dataset.train) - round(len(dataset.train) * config.val_fraction)
-    if config.batch_size > images:
-        raise UserError(f"--batch-size {config.batch_size}: larger than the training set of {images} images")
-    processes, last_batch = distributed.world_size(), images % config.batch_size
-    if config.batch_size % processes:
-        raise UserError(f"--batch-size {config.batch_size}: must be a multiple of the {processes} processes")
-    if 0 < last_batch < processes and not config.drop_last:
-        raise UserError(
-            f"--batch-size {config.batch_size}: leaves {last_batch} of {images} images for the last batch of "
-            f"{processes} processes; add --drop-last, or choose another"
-        )
-    steps = config.epochs * steps_per_epoch(config, images)
-    device, device_why = choose_device(config.device)
-    if config.fused and device.type == "cpu":
-        check_extension()
-    amp, amp_why = choose_amp(config.amp, device)
-    compiled, compile_why = choose_compile(config.compile, device, steps)
-    cuda_graphs, graphs_why = choose_cuda_graphs(config.cuda_graphs, device, config.compile_mode if compiled else None)
-    loader, loader_why = choose_loader(config.loader)
-    output_dir = config.output_dir or Path("runs") / f"{config.model}-{dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    warmup_epochs = config.warmup_epochs
-    if warmup_epochs is None:
-        by_schedule = {"constant": 0.0, "onecycle": ONECYCLE_RISE * config.epochs}
-        warmup_epochs = by_schedule.get(config.schedule, min(1.0, config.epochs / 2))
-    chosen = replace(
-        config,
-        warmup_epochs=warmup_epochs,
-        device=device.type,
-        amp=amp,
-        compile=compiled,
-        cuda_graphs=cuda_graphs,
-        loader=loader,
-        output_dir=output_dir,
-    )
-    line = (
-        f"device {device.type} ({device_why}), amp {amp} ({amp_why}), compile {'on' if compiled else 'off'} "
-        f"({compile_why}), CUDA graphs {'on' if cuda_graphs else 'off'} ({graphs_why}), loader {loader} ({loader_why})"
-    )
-    return chosen, line
-
-
-def steps_per_epoch(config: TrainConfig, images: int) -> int:
-    return images // config.batch_size if config.drop_last else -(-images // config.batch_size)
+WRITES = (
+    "config.json", "history.csv", "history.pkl", "summary.json", "curves.png", "best.safetensors", "last.safetensors",
+    "last.pt",
+)  # fmt: skip
 
 
 class Run:
-    """A run of ``config``, as ``resolve`` gave it, on ``dataset``; nothing is written before ``fit``.
+    """A run of the resolved ``config`` on ``dataset``. Nothing is written before ``fit``.
 
-    ``checkpoint`` is what ``read_checkpoint`` gave, for a run that goes on.
+    asked: the settings before ``resolve``, for config.json.
+    checkpoint: of ``read_checkpoint``, for a run that goes on.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, checkpoint: dict[str, Any] | None = None) -> None:
-        assert config.output_dir is not None
-        self.config, self.folder = config, config.output_dir
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        checkpoint: dict[str, Any] | None = None,
+        asked: TrainConfig | None = None,
+    ) -> None:
+        self.config, self.asked = config, asked or config
         validation: Split | None = None
         if config.val_fraction:
             dataset, validation = dataset.hold_out(config.val_fraction, config.seed)
@@ -108,25 +60,56 @@ class Run:
         self.validation_loader = self._evaluation_loader(validation) if validation else None
 
         torch.manual_seed(config.seed)
-        model = create_model(config.model, len(dataset.classes), config.zero_gamma, config.fused, config.sync_bn)
+        model = create_model(
+            config.model, len(dataset.classes), config.zero_gamma, bool(config.fused), config.sync_bn, config.init
+        )
         steps = steps_per_epoch(config, len(dataset.train))
         self.trainer = Trainer(model, config, self.device, len(dataset.classes), steps)
         if distributed.rank() > 0:
             torch.manual_seed(config.seed + distributed.rank())  # every process has dropout of its own
         self.history: list[Row] = []
-        self.epoch: Epoch | None = None  # that a checkpoint was in the middle of
+        self.epoch: Epoch | None = None  # the unfinished one of the checkpoint
         self.resumed = checkpoint is not None
         self.warm_up_seconds = 0.0
-        self.saved = time.monotonic()  # when a checkpoint was written
+        self.last_save_time = time.monotonic()
         if checkpoint is not None:
             self.epoch = restore(checkpoint, self.trainer)
             self.history = checkpoint["history"]
-        if len(self.history) + bool(self.epoch) > config.epochs:
-            raise UserError(f"--epochs {config.epochs}: the run is past that already; --eval {self.folder} tests it")
+            distributed.on_rank_0(self._check_resumable)
+
+    def _check_resumable(self) -> None:
+        if len(self.history) + bool(self.epoch) > self.config.epochs:
+            raise UserError(
+                f"--epochs {self.config.epochs}: the run is past that already; --eval {self.folder} tests it"
+            )
+        best = self.folder / "best.safetensors"
+        if self.history and not best.exists():
+            raise UserError(
+                f"--resume {self.folder}: best.safetensors, the weights of epoch {best_row(self.history)['epoch']}, is "
+                "missing beside last.pt; copy it there, too"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder; chosen by ``fit`` unless it was given."""
+        assert self.config.output_dir is not None
+        return self.config.output_dir
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The content of config.json: the settings as asked for, those chosen instead, and the data's properties."""
+        asked, config = as_json(self.asked), as_json(self.config)
+        return {
+            "asked": asked,
+            "chosen": {name: value for name, value in config.items() if value != asked[name]},
+            "class_names": list(self.dataset.classes),
+            "mean": list(self.dataset.mean),
+            "std": list(self.dataset.std),
+        }
 
     @cached_property
     def train_loader(self) -> Loader:
-        """Made when it is needed, since it decodes every image of a folder."""
+        """Created on first use, because it decodes every image of a folder."""
         config, images = self.config, len(self.dataset.train)
         plan = partial(training_plan, config.seed, num_images=images, augmentation=config.augmentation)
         return self._loader(self.dataset.train, plan, config.batch_size, config.drop_last)
@@ -139,16 +122,18 @@ class Run:
     ) -> dict[str, Any]:
         """Trains to the last epoch, writing to the run's folder after each, and returns the summary.
 
-        ``signalled`` is asked after every step: a signal's number ends the run there, saved, with Interrupted.
-        Raises UserError where the folder already holds another run, and RunError for a loss that is no number or a
-        process of the job that died.
+        ``signalled`` is called after every step: a signal's number other than 0 saves the run and raises Interrupted.
+        Raises RunError for a NaN or infinite loss, too little memory, a full disk, or a process of the job that died.
         """
-        with distributed.loss_of_processes_named(f"; --resume {self.folder} goes on"):
-            distributed.from_rank_0(self._prepare_folder)
+        with ExitStack() as stack:
+            folder = distributed.on_rank_0(self._claim_folder, stack)
+            self.config = self.trainer.config = replace(self.config, output_dir=folder)
+            stack.enter_context(distributed.explain_lost_process(f"; --resume {folder} goes on"))
+            distributed.on_rank_0(write_json, folder / "config.json", self.record)
             self.warm_up_seconds = self.trainer.warm_up()
             if not self.resumed:
                 self._save()
-            log = EventLog(self.folder, len(self.history) + 1) if distributed.rank() == 0 else None
+            log = EventLog(folder, len(self.history) + 1) if distributed.rank() == 0 else None
             while len(self.history) < self.config.epochs:
                 epoch = self.epoch or Epoch.begin(len(self.history), self.trainer.device)
                 self.epoch = None
@@ -156,31 +141,36 @@ class Run:
                 if log:
                     log.add(row)
                 on_epoch(row)
+            if log:
+                save_weights(self.trainer.model, folder / "last.safetensors")
             summary = self._summary()
             if log:
-                write_json(self.folder / "summary.json", summary)
+                write_json(folder / "summary.json", summary)
             return summary
 
-    def _prepare_folder(self) -> None:
-        if not self.resumed and (self.folder / "last.pt").exists():
-            raise UserError(
-                f"--output-dir {self.folder}: already holds a run; choose another folder, or --resume {self.folder}"
-            )
-        make_folder(self.folder)
-        write_json(self.folder / "config.json", self.config.to_json())
+    def _claim_folder(self, stack: ExitStack) -> Path:
+        """The run's folder, locked until ``stack`` is closed."""
+        folder = self.config.output_dir
+        if folder is None:
+            name = f"{self.config.model}-{self.dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
+            folder = new_folder(Path("runs") / name)
+        stack.enter_context(claimed(folder, () if self.resumed else WRITES))
+        if not self.resumed and (folder / "last.pt").exists():
+            raise UserError(f"--output-dir {folder}: already holds a run; choose another folder, or --resume {folder}")
+        return folder
 
     def _train(self, epoch: Epoch, on_step: Callable[[], None], signalled: Callable[[], int]) -> Epoch:
-        """Trains on the rest of ``epoch``, saving within it as asked, and returns that of all processes."""
+        """Trains on the rest of ``epoch``, saves within it as asked, and returns the joint epoch of all processes."""
         every = self.config.checkpoint_steps
 
         def after_step() -> None:
             on_step()
             asked = time.perf_counter()
-            minutes = (time.monotonic() - self.saved) / 60
+            minutes = (time.monotonic() - self.last_save_time) / 60
             step = epoch.number * len(self.train_loader) + epoch.steps
             due = 0 < self.config.checkpoint_minutes <= minutes or (every > 0 and step % every == 0)
-            # processes notice a signal at different steps, and have clocks of their own, but must save at the same step
-            signal_number, save = distributed.highest(signalled(), due)
+            # processes see a signal at different steps and have different clocks, but must save at the same step
+            signal_number, save = distributed.max_over_processes(signalled(), due)
             epoch.seconds += time.perf_counter() - asked
             if signal_number or save:
                 self.trainer.settle(epoch)
@@ -192,12 +182,12 @@ class Run:
         return self._checked(epoch)
 
     def _checked(self, epoch: Epoch) -> Epoch:
-        """``epoch`` of all processes. Raises RunError for a loss that is no number."""
+        """The joint ``epoch`` of all processes, after a check that its loss is finite."""
         whole = epoch.of_all_processes()
-        distributed.from_rank_0(partial(self._check, whole))
+        distributed.on_rank_0(self._check_finite, whole)
         return whole
 
-    def _check(self, epoch: Epoch) -> None:
+    def _check_finite(self, epoch: Epoch) -> None:
         finite = int(epoch.finite_steps)
         if finite < epoch.steps:
             raise RunError(
@@ -235,13 +225,13 @@ class Run:
         return row
 
     def _save(self, epoch: Epoch | None = None) -> None:
-        save_checkpoint(self.folder / "last.pt", self.trainer, self.history, epoch)
-        self.saved = time.monotonic()
+        save_checkpoint(self.folder / "last.pt", self.trainer, self.record, self.history, epoch)
+        self.last_save_time = time.monotonic()
 
     def evaluate_best(self) -> Evaluation:
-        """The test split through the best epoch's weights, reloaded from their file."""
+        """Evaluates the best epoch's weights, reloaded from their file, on the test split."""
         model = self.trainer.model
-        distributed.from_rank_0(lambda: load_weights(model, self.folder / "best.safetensors"))
+        distributed.on_rank_0(load_weights, model, self.folder / "best.safetensors")
         distributed.copy_from_rank_0(model.state_dict().values())
         return self.trainer.evaluate(self.test_loader, self.config.epochs)
 
@@ -293,7 +283,7 @@ class Run:
         drop_last: bool,
     ) -> Loader:
         """A loader of this process's shard of every batch of ``batch_size`` images."""
-        size = distributed.largest_shard(batch_size)
+        size = distributed.largest_shard(min(batch_size, len(split)))
         rank, processes = distributed.rank(), distributed.world_size()
         return create_loader(
             self.config.loader,
@@ -309,62 +299,3 @@ class Run:
     def _evaluation_loader(self, split: Split) -> Loader:
         plan = evaluation_plan(len(split))
         return self._loader(split, lambda epoch: plan, self.config.eval_batch_size, drop_last=False)
-
-
-def best_row(history: list[Row]) -> Row:
-    """The first epoch of the highest validation accuracy, or test accuracy where nothing was held out."""
-    return max(history, key=lambda row: row["val_accuracy" if "val_accuracy" in row else "test_accuracy"])
-
-
-def make_folder(folder: Path) -> None:
-    """Raises UserError where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be made ({error.strerror})") from error
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """What torch had reserved on CUDA, CUDA graphs included; of the process's resident memory on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the number of threads in use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    threads = torch.get_num_threads()
-    return f"{next(names, platform.machine())}, {threads} thread{'s' * (threads > 1)}"
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version(), "fastres": fastres.__version__}
-    for package in ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str | None:
-    """The commit that this package's code is at, ``-dirty`` if it was changed since; None outside a git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

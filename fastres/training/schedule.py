@@ -1,10 +1,35 @@
-"""The learning rate as a function of the step, in closed form, so that a resumed or longer run needs no state of it."""
+"""The learning rate as a closed form of the step, so that a resumed or longer run needs no state of it."""
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-ONECYCLE_START = 1 / 25  # of the peak; as torch's OneCycleLR
-ONECYCLE_RISE = 0.3  # part of the run that rises, unless the warm-up is given
+
+class Schedule(NamedTuple):
+    """How the learning rate changes, as a factor of its peak.
+
+    decay: the factor after the warm-up, of the fraction of the rest of the run that is over (0 to 1) and of the number
+        of milestones that have passed.
+    start: the factor from which the warm-up rises linearly to 1.
+    default_warmup: epochs of warm-up, of the run's epochs; used unless they are given.
+    """
+
+    decay: Callable[[float, int], float]
+    start: float = 0.0
+    default_warmup: Callable[[int], float] = lambda epochs: min(1.0, epochs / 2)
+
+
+SCHEDULES = {
+    "constant": Schedule(lambda progress, passed: 1.0, start=1.0, default_warmup=lambda epochs: 0.0),
+    "multistep": Schedule(lambda progress, passed: 0.1**passed),
+    # Loshchilov & Hutter 2016, arXiv:1608.03983, without restarts
+    "cosine": Schedule(lambda progress, passed: 0.5 * (1 + math.cos(math.pi * progress))),
+    "linear": Schedule(lambda progress, passed: 1 - progress),
+    # Smith & Topin 2017, arXiv:1708.07120; it starts at 1/25 like torch's OneCycleLR
+    "onecycle": Schedule(
+        lambda progress, passed: 1 - progress, start=1 / 25, default_warmup=lambda epochs: 0.3 * epochs
+    ),
+}
 
 
 def lr_factor(
@@ -15,25 +40,18 @@ def lr_factor(
     warmup_epochs: float = 0.0,
     milestones: Sequence[int] = (),
 ) -> Callable[[int], float]:
-    """What the peak learning rate is multiplied with at a step, counted from 0.
+    """The factor of the peak learning rate at a step, which is counted from 0 at the start of the run.
 
-    All but ``constant`` first rise linearly over ``warmup_epochs``. Then ``multistep`` divides by 10 at each of the
-    ``milestones`` (epochs), ``cosine`` falls as half a cosine to 0 at the end of the run (Loshchilov & Hutter 2016,
-    arXiv:1608.03983, without restarts), and ``onecycle``, which rises from 1/25, falls linearly to 0 (Smith & Topin
-    2017, arXiv:1708.07120).
+    ``schedule`` is a key of SCHEDULES; ``milestones`` are epochs.
     """
+    decay, start, _ = SCHEDULES[schedule]
     total = epochs * steps_per_epoch
     warmup = warmup_epochs * steps_per_epoch
-    start = ONECYCLE_START if schedule == "onecycle" else 0.0
 
     def factor(step: int) -> float:
-        if schedule == "constant":
-            return 1.0
         if step < warmup:
             return start + (1 - start) * (step + 1) / (warmup + 1)
-        if schedule == "multistep":
-            return 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in milestones)
         progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-        return 1 - progress if schedule == "onecycle" else 0.5 * (1 + math.cos(math.pi * progress))
+        return decay(progress, sum(step >= milestone * steps_per_epoch for milestone in milestones))
 
     return factor

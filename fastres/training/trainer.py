@@ -1,6 +1,5 @@
-"""The training loop: one step, one epoch, one evaluation. It knows nothing of studies, plots or files."""
+"""The training loop: one step, one epoch, one evaluation."""
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,23 +10,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from fastres.config import TrainConfig
 from fastres.data import Loader
 from fastres.errors import RunError
 from fastres.training import distributed
+from fastres.training.cuda_graph import Step, captured
+from fastres.training.optimizer import create_optimizer, set_lr, state_tensors
 from fastres.training.schedule import lr_factor
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
-Mark = Any  # a time in seconds, or an Event among what a GPU has been given to do
-Step = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # images, labels -> loss, logits
-CPU_OUT_OF_MEMORY = "can't allocate memory"  # in torch's RuntimeError, which is of no type of its own
+Mark = Any  # CPU: seconds; GPU: a recorded CUDA event
+CPU_OUT_OF_MEMORY = "can't allocate memory"  # in the message of torch's plain RuntimeError
 
 
 @contextmanager
-def enough_memory(flag: str, size: int) -> Iterator[None]:
-    """Turns running out of memory into RunError, with what to take in place of ``size``, the value of ``flag``."""
+def explain_out_of_memory(flag: str, size: int) -> Iterator[None]:
+    """Turns running out of memory into a RunError that advises half of ``size``, the value of ``flag``."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -35,29 +34,32 @@ def enough_memory(flag: str, size: int) -> Iterator[None]:
         while not isinstance(cause, torch.OutOfMemoryError | MemoryError) and CPU_OUT_OF_MEMORY not in str(cause):
             if cause is None:
                 raise
-            cause = cause.__context__  # a capture that is broken off raises another error
-        mend = f"try {flag} {size // 2}" if size > 1 else "take a smaller --model"
+            cause = cause.__context__  # an aborted capture raises an error of its own
+        mend = f"try {flag} {size // 2}" if size > 1 else "choose a smaller --model"
         raise RunError(f"{flag} {size}: out of memory; {mend}") from error
 
 
 @dataclass
 class Epoch:
-    """An epoch of training, as far as it has come; with the trainer's own state, enough to go on with it.
+    """The progress of one epoch of training, in this process; ``of_all_processes`` sums over the job.
 
-    Sums are over the images seen and stay on the device: ``loss_sum`` (float64, label smoothing included),
-    ``correct`` and ``finite_steps`` (int64), the steps before the first whose loss was NaN or infinite. ``seconds``
-    covers training alone and ``data_wait_seconds`` is the part of it in which the device had nothing to do but wait for
-    a batch, as far as the trainer has settled it.
-    Each of the processes of a job has its own; ``of_all_processes`` joins them.
+    number: counted from 0.
+    loss_sum: float64 scalar on the device; sum over the images seen, label smoothing included.
+    correct: int64 scalar on the device; correctly classified images.
+    finite_steps: int64 scalar on the device; steps before the first with a NaN or infinite loss.
+    lr: learning rate of the last step.
+    seconds: training time, without evaluation and checkpoints.
+    data_wait_seconds: the part of ``seconds`` in which the device was idle, waiting for a batch; updated by
+        ``Trainer.settle``.
     """
 
-    number: int  # from 0
+    number: int
     loss_sum: torch.Tensor
     correct: torch.Tensor
     finite_steps: torch.Tensor
     steps: int = 0
     images: int = 0
-    lr: float = 0.0  # of the last step
+    lr: float = 0.0
     seconds: float = 0.0
     data_wait_seconds: float = 0.0
 
@@ -79,7 +81,7 @@ class Epoch:
         return cls(**{**state, **tensors})
 
     def of_all_processes(self) -> "Epoch":
-        """The epoch with the images of all processes; the times are still this one's."""
+        """The epoch with the sums of all processes, and this process's times."""
         own = self.loss_sum.item(), self.correct.item(), self.images, self.finite_steps.item()
         losses, correct, images, finite_steps = zip(*distributed.gather(own), strict=True)
         return replace(
@@ -102,7 +104,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy, accuracy in percent, and ``confusion[true][predicted]`` image counts."""
+    """Mean cross-entropy, accuracy in percent, and ``confusion[true][predicted]`` in images."""
 
     loss: float
     accuracy: float
@@ -114,49 +116,17 @@ class Evaluation:
 
 
 def seconds_between(start: Mark, end: Mark) -> float:
-    """Between two marks of one device, which has passed both."""
+    """Between two marks of one device that have been reached."""
     return start.elapsed_time(end) / 1000 if isinstance(start, torch.cuda.Event) else end - start
 
 
 def compiled(model: nn.Module, config: TrainConfig) -> Callable[..., torch.Tensor]:
-    """``model`` under torch.compile, if ``config`` says so."""
+    """``model``, through torch.compile if ``config.compile``."""
     return torch.compile(model, dynamic=False, mode=config.compile_mode) if config.compile else model
 
 
-def capture(run: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """``run`` as a CUDA graph, after a few runs, and what it returned. Graphs of one ``pool`` share memory."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # in which libraries compile and choose kernels, and take their memory
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    gc.collect()  # a graph that died in the midst of a capture would spoil it
-    # in the threads of a loader CUDA may be called meanwhile
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        results = run()
-    return graph, results
-
-
-def captured(step: Step, images: torch.Tensor, labels: torch.Tensor) -> Step:
-    """``step`` as one CUDA graph, for batches like ``images`` and ``labels``, which it keeps.
-
-    What it returns is overwritten by its next call.
-    """
-    graph, results = capture(lambda: step(images, labels))
-
-    def replay(new_images: torch.Tensor, new_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        images.copy_(new_images)
-        labels.copy_(new_labels)
-        graph.replay()
-        return results
-
-    return replay
-
-
 class Trainer:
-    """SGD on ``model`` as ``config`` says, which ``resolve`` has left no ``auto`` in.
+    """Trains and evaluates ``model`` as the resolved ``config`` says.
 
     The model is moved to the device and its memory format in place. In a job of several processes each trains on its
     shard of every batch, and the step is that of the whole batch.
@@ -172,20 +142,9 @@ class Trainer:
         self.predict = self.forward = compiled(self.model, config)
         if distributed.world_size() > 1:
             self.forward = compiled(DistributedDataParallel(self.model), config)
-        self.replay: Step | None = None  # of the step as a CUDA graph
-        self.waits: list[tuple[Mark, Mark]] = []  # for batches, which are not settled yet
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=torch.tensor(config.lr, device=device) if config.cuda_graphs else config.lr,  # a graph reads it anew
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        if config.momentum:
-            # SGD would take memory as it comes for it, and keep that if it skips the first step, as fp16 often does
-            for parameter in self.model.parameters():
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.replay: Step | None = None  # the step as a CUDA graph
+        self.waits: list[tuple[Mark, Mark]] = []  # start and end of each wait for a batch since the last settle
+        self.optimizer = create_optimizer(self.model, config, device)
         self.lr_factor = lr_factor(
             config.schedule,
             epochs=config.epochs,
@@ -196,21 +155,20 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
 
     def warm_up(self) -> float:
-        """Compiles or captures, if so configured, and lets libraries choose their kernels: steps and an evaluation of
-        noise.
+        """Runs training steps and an evaluation on noise, which compile, capture, and let libraries choose kernels.
 
-        Weights, statistics, optimizer and random state stay as they are. Returns the seconds that it took.
+        Weights, statistics, optimizer and random state are restored. Returns the seconds that it took.
         """
         start = time.perf_counter()
-        tensors = [*self.model.state_dict().values(), *self.momentum_buffers().values()]
+        tensors = [*self.model.state_dict().values(), *state_tensors(self.optimizer)]
         values, scaler = [tensor.clone() for tensor in tensors], self.scaler.state_dict()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            with enough_memory("--batch-size", self.config.batch_size):
+            with explain_out_of_memory("--batch-size", self.config.batch_size):
                 self._warm_up(self.config.batch_size, training=True)
-            with enough_memory("--eval-batch-size", self.config.eval_batch_size):
+            with explain_out_of_memory("--eval-batch-size", self.config.eval_batch_size):
                 self._warm_up(self.config.eval_batch_size, training=False)
         for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)  # in place, where a graph finds it
+            tensor.copy_(value)  # in place, at the address that a graph uses
         self.scaler.load_state_dict(scaler)
         self.synchronize()
         return time.perf_counter() - start
@@ -228,10 +186,10 @@ class Trainer:
             self._step(images, labels)
 
     def train_epoch(self, loader: Loader, epoch: Epoch, after_step: Callable[[], None] = lambda: None) -> None:
-        """Trains on the rest of ``epoch``, bringing it up to date, and calls ``after_step`` after each step.
+        """Trains on the rest of ``epoch``, updates it, and calls ``after_step`` after each step.
 
-        The host never waits for the device inside, unless it is several batches ahead of it. The clock stands still in
-        ``after_step``, which is expected to ``settle`` the epoch if it does more than look.
+        There is no synchronisation inside, except that the host is at most a few batches ahead. The clock stops during
+        ``after_step``, which calls ``settle`` before it reads or saves the epoch.
         """
         self.model.train()
         steps = len(loader)
@@ -243,7 +201,7 @@ class Trainer:
             last = epoch.steps + 1 == steps  # the only step whose batch may have unequal shards
             weight = self._weight(len(labels)) if last else 1.0
             epoch.lr = self._set_lr(epoch.number * self.steps_per_epoch + epoch.steps)
-            with enough_memory("--batch-size", self.config.batch_size):
+            with explain_out_of_memory("--batch-size", self.config.batch_size):
                 images, labels = self._to_device(images, labels)
                 if self.replay and len(labels) == self.config.batch_size:
                     loss, logits = self.replay(images, labels)
@@ -261,8 +219,7 @@ class Trainer:
         self.settle(epoch)
 
     def settle(self, epoch: Epoch) -> None:
-        """Waits until the device has done what it was given, which counts as training, and adds to ``epoch`` what the
-        device has waited for batches."""
+        """Synchronises (counted as training time), then adds the data wait to ``epoch``."""
         start = time.perf_counter()
         self.synchronize()
         epoch.seconds += time.perf_counter() - start
@@ -270,7 +227,7 @@ class Trainer:
         self.waits.clear()
 
     def _mark(self) -> Mark:
-        """Now; on a GPU, when it comes to this point of what it was given, which it may long be behind."""
+        """The present time; on a GPU, an event that it reaches after the work queued so far."""
         if self.device.type == "cpu":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -280,11 +237,7 @@ class Trainer:
     def _set_lr(self, step: int) -> float:
         """Sets the learning rate of a step, counted from the start of the run, and returns it."""
         lr = self.config.lr * self.lr_factor(step)
-        for group in self.optimizer.param_groups:
-            if torch.is_tensor(group["lr"]):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+        set_lr(self.optimizer, lr)
         return lr
 
     def _step(
@@ -301,23 +254,24 @@ class Trainer:
         return loss.detach(), logits.detach()
 
     def _weight(self, images: int) -> float:
-        """Of this process's mean loss over ``images``, so that the mean of all is that over the images of all."""
+        """Loss weight that makes DDP's average of gradients the mean over the whole batch."""
         sizes = distributed.gather(images)
         return images * len(sizes) / sum(sizes)
 
     @torch.no_grad()
     def evaluate(self, loader: Loader, epoch: int) -> Evaluation:
-        """Loss and confusion over the images of the loaders' epoch ``epoch`` in all processes, as on rank 0."""
+        """Loss and confusion matrix over the loader's epoch ``epoch`` in all processes, with rank 0's statistics."""
         self.model.eval()
         distributed.copy_from_rank_0(self.model.buffers())
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         counts = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
         for images, labels in loader.epoch(epoch):
-            with enough_memory("--eval-batch-size", self.config.eval_batch_size), self._autocast():
+            with explain_out_of_memory("--eval-batch-size", self.config.eval_batch_size), self._autocast():
                 images, labels = self._to_device(images, labels)
                 logits = self.predict(images).float()
             loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-            counts += multiclass_confusion_matrix(logits, labels, self.num_classes, validate_args=False)
+            cell = labels * self.num_classes + logits.argmax(1)
+            counts.view(-1).index_add_(0, cell, torch.ones_like(cell))
         losses, parts = zip(*distributed.gather((loss_sum.item(), counts.cpu())), strict=True)
         counts = sum(parts)
         return Evaluation(
@@ -326,18 +280,13 @@ class Trainer:
             confusion=counts.tolist(),
         )
 
-    def momentum_buffers(self) -> dict[str, torch.Tensor]:
-        """By the names of the parameters; empty without momentum."""
-        state = self.optimizer.state
-        return {name: state[p]["momentum_buffer"] for name, p in self.model.named_parameters() if state[p]}
-
     def synchronize(self) -> None:
-        """Waits until the device has done what it was given."""
+        """Waits for all work queued on the GPU; does nothing on a CPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def _autocast(self) -> torch.autocast:
-        # nothing is cast twice in a step, and a graph must not hold what a cache would give it
+        # no weight is cast twice in a step, and a graph must not refer to the cache's tensors
         return torch.autocast(
             self.device.type, AMP_DTYPES[self.config.amp], enabled=self.config.amp != "off", cache_enabled=False
         )

@@ -1,9 +1,12 @@
 import hashlib
 import io
+import os
 import pickle
 import shutil
 import subprocess
+import sys
 import tarfile
+import unicodedata
 
 import numpy as np
 import pytest
@@ -144,7 +147,7 @@ def test_folder(tmp_path, arrays):
     np.testing.assert_array_equal(first, arrays.test.images[1])
 
 
-@pytest.mark.parametrize("suffix", [".jpeg", ".JPG"])
+@pytest.mark.parametrize("suffix", [".jpeg", ".JPG", ".jpe", ".jfif", ".JFIF"])
 def test_folder_reads_every_spelling_of_a_suffix(suffix, image_folder):
     path = image_folder / "train/dark/0000.jpg"
     path.rename(path.with_suffix(suffix))
@@ -156,6 +159,13 @@ def test_folder_takes_a_subset_in_its_order(image_folder):
     assert folder(image_folder, ("dark", "bright")).test.labels.tolist() == [0] * 10 + [1] * 10
 
 
+def link(path, target):
+    """``path`` as a symlink; what was there is moved away."""
+    if path.exists():
+        path.rename(path.parent / f".{path.name}")
+    path.symlink_to(target)
+
+
 def break_file(root):
     path = root / "train/dark/0000.jpg"
     path.write_bytes(path.read_bytes()[:-300])
@@ -165,10 +175,15 @@ def break_file(root):
     ("damage", "message"),
     [
         (lambda root: (root / "train").rename(root / "training"), "no folder train/"),
-        (lambda root: [path.unlink() for path in (root / "test/dark").iterdir()], "test/dark: holds no .jpg or .png"),
+        (lambda root: [path.unlink() for path in (root / "test/dark").iterdir()], "test/dark: holds no image file"),
         (lambda root: (root / "train/third").mkdir(), "same classes; only one has third"),
         (lambda root: [shutil.rmtree(path) for path in root.glob("*/*")], "train/ holds no class folders"),
-        (break_file, "not readable as JPEG or PNG .* megapixels: train/dark/0000.jpg; replace"),
+        (break_file, "not readable as JPEG, PNG, WebP or BMP .* megapixels: train/dark/0000.jpg; replace"),
+        (lambda root: link(root / "train/dark/0001.jpg", "gone"), "dark/0001.jpg: broken symlink to gone; make"),
+        (lambda root: link(root / "train/third", "gone"), "train/third: broken symlink to gone; make it readable"),
+        (lambda root: link(root / "train", "gone"), "train: broken symlink to gone; make it readable"),
+        (lambda root: link(root / "train/dark/back", ".."), "dark/back/.*: Too many levels of symbolic links"),
+        (lambda root: link(root / "train/dark/0001.jpg", "/proc/self/mem"), "dark/0001.jpg: Input/output error; make"),
     ],
 )
 def test_folder_names_what_is_wrong(damage, message, image_folder):
@@ -192,7 +207,7 @@ def test_bad_images_are_named_and_counted(image_folder):
 def test_bad_images_are_left_out(image_folder):
     whole = folder(image_folder)
     spoil(image_folder, ["train/bright/0001.jpg", "train/dark/0000.jpg", "test/dark/0000.jpg"])
-    (image_folder / "train/dark/9999.jpg").mkdir()
+    (image_folder / "train/dark/9999.jpg").touch()
     dataset, line = load_dataset("folder", image_folder, skip_bad_images=True)
     assert line.endswith("(2 classes, 58 train, 19 test, 4 unreadable files left out)")
     assert dataset.skipped_images == 4
@@ -218,6 +233,121 @@ def test_the_check_of_images_is_tracked(image_folder):
 
     folder(image_folder, track=track)
     assert seen == [80] * 80
+
+
+READ_BY_NOBODY = """
+import os
+from pathlib import Path
+from fastres.data.datasets import folder
+from fastres.errors import UserError
+
+images = Path("above/images")
+folder(images)  # imports Pillow's decoders while they can be read
+if os.geteuid() == 0:
+    os.setuid(65534)  # root is refused nothing
+CLOSED = ["above", "above/images", "above/images/train", "above/images/train/dark", "above/images/train/dark/0000.jpg"]
+for name in CLOSED:
+    for skip in (False, True):
+        os.chmod(name, 0)
+        try:
+            folder(images, skip_bad_images=skip)
+        except UserError as error:
+            print(error)
+        os.chmod(name, 0o755)
+os.chmod("above/images/train/dark", 0)
+print(folder(images, ("bright",)).classes)
+"""
+
+
+def test_what_permissions_forbid_is_named_and_not_skipped(arrays, tmp_path):
+    write_folder(tmp_path / "above/images", arrays)
+    if os.geteuid() == 0:
+        for path in (tmp_path, *tmp_path.rglob("*")):
+            os.chown(path, 65534, -1)
+    done = subprocess.run([sys.executable, "-c", READ_BY_NOBODY], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == ""
+    *lines, last = done.stdout.splitlines()
+    assert last == "('bright',)"  # a class that is left out need not be readable
+    closed = ["", "/train", "/train", "/train/dark", "/train/dark/0000.jpg"]
+    for line, path in zip(lines, np.repeat(closed, 2), strict=True):
+        mend = "make it readable (--skip-bad-images leaves out damaged images only)"
+        assert line == f"above/images{path}: Permission denied; {mend}"
+
+
+def test_cifar_without_permission(tmp_path, monkeypatch):
+    root = fake_cifar10(tmp_path, monkeypatch)
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("torchvision.datasets.utils.check_md5", refuse)
+    with pytest.raises(UserError, match=r"cifar-10-batches-py/data_batch_1: Permission denied; make it readable"):
+        load_dataset("cifar10", root)
+
+
+def test_hidden_files_and_leftovers_are_ignored(image_folder):
+    _, line = load_dataset("folder", image_folder)
+    image = (image_folder / "train/dark/0000.jpg").read_bytes()
+    for name in (
+        "train/.ipynb_checkpoints/0000-checkpoint.jpg",
+        "train/dark/.ipynb_checkpoints/0000-checkpoint.jpg",
+        "train/dark/._0000.jpg",
+        "train/dark/.DS_Store",
+        "train/dark/Thumbs.db",
+        "train/dark/@eaDir/0000.jpg/SYNOPHOTO_THUMB_M.jpg",
+        "train/__MACOSX/0000.jpg",
+        "test/.DS_Store",
+    ):
+        path = image_folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+    assert load_dataset("folder", image_folder)[1] == line
+
+
+def test_images_in_subfolders_belong_to_their_class(image_folder):
+    whole = folder(image_folder).train
+    for i, name in ((0, "a/b/0000.jpg"), (2, "a/0002.jpg"), (58, "z.jpg/0058.jpg")):
+        path = image_folder / "train/dark" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (image_folder / f"train/dark/{i:04d}.jpg").rename(path)
+    nested = folder(image_folder).train
+    assert nested.labels.tolist() == whole.labels.tolist()
+    assert sorted(map(bytes, nested.images)) == sorted(map(bytes, whole.images))
+
+
+def test_what_is_left_out_is_counted(image_folder):
+    for name in ("train/list.CSV", "train/dark/a.txt", "test/dark/more/b.txt", "test/dark/README", "test/bright/c.tif"):
+        (image_folder / name).parent.mkdir(exist_ok=True)
+        (image_folder / name).touch()
+    assert load_dataset("folder", image_folder)[1].endswith(
+        "(2 classes, 60 train, 20 test, 5 other files left out (.txt, .csv, .tif and 1 more))"
+    )
+    line = load_dataset("folder", image_folder, ("dark",))[1]
+    assert line.endswith("(1 classes, 30 train, 10 test, 4 other files left out (.txt, .csv, no suffix))")
+
+
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize("classes", [(), ("bright", COMPOSED), ("bright", DECOMPOSED)])
+def test_unicode_spellings_of_a_class_are_one(classes, image_folder):
+    (image_folder / "train/dark").rename(image_folder / "train" / COMPOSED)
+    (image_folder / "test/dark").rename(image_folder / "test" / DECOMPOSED)
+    dataset = folder(image_folder, classes)
+    assert dataset.classes == ("bright", COMPOSED)
+    assert np.bincount(dataset.test.labels).tolist() == [10, 10]
+    with pytest.raises(UserError, match="--classes: a class is named twice"):
+        folder(image_folder, (COMPOSED, DECOMPOSED))
+    (image_folder / "train" / DECOMPOSED).mkdir()
+    with pytest.raises(UserError, match=f"train: two folders are called {COMPOSED}, in two Unicode spellings; merge"):
+        folder(image_folder)
+
+
+def test_a_class_name_that_is_not_utf_8(image_folder):
+    name = os.fsdecode(b"caf\xe9")
+    for part in ("train", "test"):
+        (image_folder / part / "dark").rename(image_folder / part / name)
+    assert folder(image_folder).classes == ("bright", name)
 
 
 @pytest.mark.parametrize("name", ["digits", "folder"])

@@ -2,21 +2,24 @@
 
 import io
 import pkgutil
+import struct
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from torchvision.transforms import functional as F
 
 from fastres.data import choose_loader, create_loader
 from fastres.data.dali import DECODE_BATCH_LARGE, decode
 from fastres.data.datasets import Dataset, Split, decode_image, folder
-from fastres.data.plan import AUGMENTATIONS, EpochPlan, evaluation_plan, training_plan
+from fastres.data.plan import STEPS, EpochPlan, evaluation_plan, training_plan
 from fastres.errors import UserError
 from tests.conftest import write_folder
 
 LOADERS = ("dali", "eager")
+AUGMENTATIONS = ("none", "crop-flip", "crop-flip-cutout", "erasing", "-".join(STEPS))
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
@@ -53,6 +56,9 @@ def reference(dataset: Dataset, split: Split, plan: EpochPlan) -> np.ndarray:
         if plan.cutout is not None:
             rows, columns = (np.abs(np.arange(32) - centre + 0.5) < 8 for centre in plan.cutout[i])
             image[np.ix_(rows, columns)] = 0
+        if plan.erasing is not None:
+            top, left, height, width = plan.erasing[i].astype(int)
+            image[top : top + height, left : left + width] = 0
         out.append(image.transpose(2, 0, 1))
     return np.stack(out)
 
@@ -85,6 +91,17 @@ def test_batches_are_what_the_plan_says(name, augmentation, device, arrays):
         np.testing.assert_allclose(images, reference(arrays, split, plan), atol=2e-6)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LOADERS)
+def test_erasing_is_torchvisions(name, device, arrays):
+    boxes = [(0, 0, 0, 0), (0, 0, 31, 31), (3, 7, 12, 5), (30, 31, 2, 1), (31, 0, 1, 31)]
+    plan = EpochPlan(np.arange(5), erasing=np.array(boxes, np.float32))
+    erased, _ = epoch_of(make_loader(name, arrays.train, lambda epoch: plan, arrays, device=device))
+    whole, _ = epoch_of(make_loader(name, arrays.train, lambda epoch: evaluation_plan(5), arrays, device=device))
+    expected = [F.erase(image, *box, torch.zeros(1)) for image, box in zip(whole, boxes, strict=True)]
+    torch.testing.assert_close(erased, torch.stack(expected), rtol=0, atol=0)
+
+
 @pytest.mark.gpu
 def test_a_batch_is_kept_while_the_device_lags_behind(arrays):
     split = Split(arrays.train.images, np.arange(60))
@@ -105,21 +122,21 @@ def test_a_batch_is_kept_while_the_device_lags_behind(arrays):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
-@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp"])
 def test_loaders_agree_on_files(suffix, augmentation, device, arrays, tmp_path):
     dataset = folder(write_folder(tmp_path, arrays, suffix))
     plan_of_epoch = partial(training_plan, 1, num_images=60, augmentation=augmentation)
     dali, eager = (
         epoch_of(make_loader(name, dataset.train, plan_of_epoch, dataset, device=device)) for name in LOADERS
     )
-    # JPEG decoders may differ by 3 of 255 levels; PNG is exact
+    # JPEG decoders may differ by 3 of 255 levels; the others are exact
     levels = (dali[0] - eager[0]).abs() * torch.tensor(dataset.std).view(3, 1, 1) * 255
     assert levels.max() <= (3 if suffix == ".jpg" else 1e-3)
     torch.testing.assert_close(dali[1], eager[1])
 
 
 def odd_images():
-    """JPEG and PNG files of one smooth image in modes and variants that occur, by name."""
+    """JPEG, PNG, WebP and BMP files of one smooth image in modes and variants that occur, by name."""
     rows, columns = np.mgrid[:32, :32] * 8
     image = Image.fromarray(np.stack([rows, columns, (rows + columns) // 2], axis=-1).astype(np.uint8))
     grey, palette, turned = image.convert("L"), image.quantize(64), image.rotate(90)
@@ -144,6 +161,19 @@ def odd_images():
         "png-transparent": (transparent, "PNG", {}),
         "png-grey-transparent": (transparent.convert("LA"), "PNG", {}),
         "png-turned-by-exif": (image, "PNG", {"exif": exif}),
+        "webp-lossy": (image, "WEBP", {"quality": 50}),
+        "webp-lossless": (image, "WEBP", {"lossless": True}),
+        "webp-transparent": (transparent, "WEBP", {}),
+        "webp-lossless-transparent": (transparent, "WEBP", {"lossless": True, "exact": True}),
+        "webp-turned-by-exif": (image, "WEBP", {"exif": exif}),
+        "webp-lossless-turned-by-exif": (image, "WEBP", {"exif": exif, "lossless": True}),  # which DALI refuses
+        "webp-turned-by-xmp": (image, "WEBP", {"xmp": xmp}),
+        "webp-animated": (image, "WEBP", {"save_all": True, "append_images": [turned]}),
+        "bmp": (image, "BMP", {}),
+        "bmp-grey": (grey, "BMP", {}),
+        "bmp-bits": (grey.convert("1"), "BMP", {}),
+        "bmp-palette": (palette, "BMP", {}),
+        "bmp-transparent": (transparent, "BMP", {}),
         "png-animated": (image, "PNG", {"save_all": True, "append_images": [turned]}),
     }
     for name, (source, kind, options) in variants.items():
@@ -153,10 +183,41 @@ def odd_images():
     yield "png-without-its-end", file.getvalue()[:-12]  # which DALI refuses
 
 
+def bmp_by_hand(bits, compression, pixels, masks=b"", palette=b"", height=32):
+    """A BMP of 32 columns in one of the forms that Pillow reads and does not write."""
+    start = 54 + len(masks) + len(palette)
+    file = struct.pack("<2sIHHI", b"BM", start + len(pixels), 0, 0, start)
+    image = struct.pack("<IiiHHIIiiII", 40, 32, height, 1, bits, compression, len(pixels), 0, 0, len(palette) // 4, 0)
+    return file + image + masks + palette + pixels
+
+
+def odd_bmps():
+    rng = np.random.default_rng(0)
+    palette = rng.bytes(4 * 256)
+    runs8 = b"".join(bytes([12, *rng.bytes(1), 20, *rng.bytes(1), 0, 0]) for _ in range(32)) + b"\0\1"
+    runs4 = b"".join(bytes([32, *rng.bytes(1), 0, 0]) for _ in range(32)) + b"\0\1"
+    yield "bmp-32-bit", bmp_by_hand(32, 0, rng.bytes(4096))
+    yield "bmp-masks", bmp_by_hand(32, 3, rng.bytes(4096), struct.pack("<III", 0xFF0000, 0xFF00, 0xFF))
+    yield "bmp-top-down", bmp_by_hand(24, 0, rng.bytes(3072), height=-32)
+    yield "bmp-4-bit", bmp_by_hand(4, 0, rng.bytes(512), palette=palette[:64])
+    yield "bmp-runs", bmp_by_hand(8, 1, runs8, palette=palette)
+    yield "bmp-4-bit-runs", bmp_by_hand(4, 2, runs4, palette=palette[:64])  # which DALI refuses
+
+
+@pytest.mark.parametrize("masks", [(0xF800, 0x7E0, 0x1F), (0x7C00, 0x3E0, 0x1F)])
+def test_a_bmp_that_the_loaders_decode_differently_is_refused(masks, arrays, tmp_path):
+    content = bmp_by_hand(16, 3, np.random.default_rng(0).bytes(2048), struct.pack("<III", *masks))
+    assert np.asarray(Image.open(io.BytesIO(content))).std() > 50
+    root = write_folder(tmp_path, arrays, ".png")
+    (root / "train/dark/0000.bmp").write_bytes(content)
+    with pytest.raises(UserError, match=r"not readable as .*: train/dark/0000.bmp; replace"):
+        folder(root)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.filterwarnings("error:::PIL.Image")
 @pytest.mark.parametrize(
-    ("name", "content"), list(odd_images()), ids=lambda value: value if isinstance(value, str) else ""
+    ("name", "content"), [*odd_images(), *odd_bmps()], ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_loaders_agree_on_odd_images(name, content, device, arrays, tmp_path):
     for part, suffix in (("train", ".jpg"), ("test", ".png")):

@@ -1,11 +1,16 @@
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms import RandomErasing
 
-from fastres.data.plan import AUGMENTATIONS, evaluation_plan, training_plan
+from fastres.data.plan import STEPS, canonical_augmentation, evaluation_plan, training_plan
+from fastres.errors import UserError
 
 IMAGES = 50_000
+ALL_STEPS = "-".join(STEPS)
+AUGMENTATIONS = ("none", "crop-flip", "crop-flip-cutout", "erasing", ALL_STEPS)
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
@@ -17,7 +22,7 @@ def test_is_a_pure_function_of_its_arguments(augmentation):
 
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 1), (1, 0), (1, 1)])
 def test_other_seeds_and_epochs_draw_anew(seed, epoch):
-    first, other = training_plan(0, 0, 1000, "crop-flip-cutout"), training_plan(seed, epoch, 1000, "crop-flip-cutout")
+    first, other = training_plan(0, 0, 1000, ALL_STEPS), training_plan(seed, epoch, 1000, ALL_STEPS)
     for name, value in vars(first).items():
         assert (value != getattr(other, name)).any(), name
 
@@ -41,7 +46,64 @@ def test_augmentations_draw_only_what_they_apply():
         "none": {"order"},
         "crop-flip": {"order", "crop", "flip"},
         "crop-flip-cutout": {"order", "crop", "flip", "cutout"},
+        "erasing": {"order", "erasing"},
+        "crop-flip-cutout-erasing": {"order", "crop", "flip", "cutout", "erasing"},
     }
+
+
+def test_an_epoch_is_drawn_as_it_always_was():
+    """Runs that were stopped earlier go on with the data that they would have seen."""
+    plan = training_plan(3, 2, 6, "crop-flip-cutout-erasing")
+    assert plan.order.tolist() == [5, 0, 2, 1, 3, 4]
+    assert plan.crop.tolist() == [[-3, 4], [-2, -3], [-1, 4], [2, 2], [-1, -3], [1, -1]]
+    assert plan.flip.tolist() == [0, 1, 0, 0, 0, 1]
+    assert plan.cutout.tolist() == [[4, 30], [25, 19], [15, 11], [15, 8], [7, 23], [24, 14]]
+
+
+@pytest.mark.parametrize(
+    ("given", "canonical"),
+    [("none", "none"), ("flip-crop", "crop-flip"), ("erasing-crop-cutout-flip", "crop-flip-cutout-erasing")],
+)
+def test_the_order_of_the_steps_does_not_matter(given, canonical):
+    assert canonical_augmentation(given) == canonical
+    plan, same = training_plan(0, 0, 100, given), training_plan(0, 0, 100, canonical)
+    for name, column in vars(plan).items():
+        np.testing.assert_array_equal(column, getattr(same, name))
+
+
+@pytest.mark.parametrize("given", ["", "crop-crop", "crop-none", "none-none", "crop-", "Crop", "x\ny", "x" * 500])
+def test_unknown_and_repeated_steps(given):
+    with pytest.raises(UserError, match=r"the steps are crop, flip, cutout, erasing$") as error:
+        canonical_augmentation(given)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 250
+
+
+def test_rectangles_are_drawn_as_torchvision_draws_them():
+    boxes = training_plan(0, 0, IMAGES, "erasing").erasing
+    erased = boxes[:, 2] > 0
+    np.testing.assert_array_equal(boxes[~erased], 0)
+    assert erased.mean() == pytest.approx(RandomErasing().p, abs=4 * 0.5 / IMAGES**0.5)
+    assert boxes[:, 2:].max() == 31
+
+    image, draws, defaults = torch.empty(3, 32, 32), 4000, RandomErasing()
+    torch.manual_seed(0)
+    drawn = [RandomErasing.get_params(image, defaults.scale, defaults.ratio, [0.0])[:4] for _ in range(draws)]
+    for ours, theirs in zip(figures_of(boxes[erased]), figures_of(np.array(drawn)), strict=True):
+        assert kolmogorov_smirnov(ours, theirs) < 1.95 * (1 / len(ours) + 1 / draws) ** 0.5  # p = 0.001
+
+
+def figures_of(boxes):
+    """Of rectangles (top, left, height, width): area, logarithm of the aspect, and where they lie, from 0 to 1."""
+    top, left, height, width = boxes.T.astype(float)
+    return height * width, np.log(height / width), top / (32 - height), left / (32 - width)
+
+
+def kolmogorov_smirnov(first, second):
+    """The largest distance between two samples' distribution functions."""
+    values = np.concatenate([first, second])
+    one, other = (np.searchsorted(np.sort(sample), values, side="right") / len(sample) for sample in (first, second))
+    return np.abs(one - other).max()
 
 
 def test_draws_are_uniform_over_their_ranges():
@@ -57,9 +119,10 @@ def test_draws_are_uniform_over_their_ranges():
 def test_evaluation_shows_the_images_as_they_are():
     plan = evaluation_plan(5)
     np.testing.assert_array_equal(plan.order, np.arange(5))
-    assert plan.crop is plan.flip is plan.cutout is None
+    assert plan.crop is plan.flip is plan.cutout is plan.erasing is None
 
 
+@settings(deadline=None)
 @given(
     images=st.integers(0, 200),
     processes=st.integers(1, 5),
@@ -67,7 +130,7 @@ def test_evaluation_shows_the_images_as_they_are():
     drop_last=st.booleans(),
 )
 def test_shards_make_up_the_plan_batch_by_batch(images, processes, per_process, drop_last):
-    plan, batch_size = training_plan(0, 0, images, "crop-flip-cutout"), processes * per_process
+    plan, batch_size = training_plan(0, 0, images, ALL_STEPS), processes * per_process
     shards = [plan.shard(rank, processes, batch_size, drop_last) for rank in range(processes)]
     starts = [0] * processes
     shown = images - images % batch_size if drop_last else images

@@ -110,6 +110,24 @@ def test_weights_begin_as_torchvisions(name):
             assert not module.bias.any()
 
 
+@pytest.mark.parametrize("name", ["resnet18", "vgg19_bn_4096", "vgg19_4096"])
+def test_weights_begin_as_study_b_has_them(name):
+    torch.manual_seed(0)
+    for path, module in create_model(name, 1000, init="study-b").named_modules():
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            continue
+        inputs, outputs = (module.weight[0].numel(), len(module.weight) * module.weight[0, 0].numel())
+        if isinstance(module, nn.Linear) or path == "features.0":  # PyTorch's default: uniform, also the bias
+            bound = inputs**-0.5
+            assert 0.9 * bound < module.bias.abs().max() <= bound
+            assert 0.99 * bound < module.weight.abs().max() <= bound
+            assert module.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+        else:
+            scale = inputs if name == "resnet18" else outputs
+            assert module.weight.std().item() == pytest.approx((2 / scale) ** 0.5, rel=0.05)
+            assert module.bias is None or not module.bias.any()
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_fused_or_eager_norms(fused):
     norms = {type(m) for m in create_model("resnet18", 10, fused=fused).modules() if isinstance(m, nn.BatchNorm2d)}

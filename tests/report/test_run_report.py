@@ -59,4 +59,5 @@ def test_the_curves_are_the_history(splits, title, tmp_path, monkeypatch):
     for axes, metric in ((losses, "loss"), (accuracies, "accuracy")):
         for line, split in zip(axes.lines, splits, strict=False):
             assert line.get_label() == split
+            assert line.get_linestyle() == ("--" if split == "train" else "-")
             np.testing.assert_array_equal(line.get_ydata(), history[f"{split}_{metric}"])

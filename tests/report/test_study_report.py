@@ -10,9 +10,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fastres import studies
 from fastres.errors import UserError
 from fastres.report import study_plots
-from fastres.report.study import Estimate, conjecture_finding, first_to, read_results, time_to, write_report
+from fastres.report.study import (
+    METRICS,
+    Estimate,
+    conjecture_finding,
+    first_to,
+    read_results,
+    report,
+    time_to,
+    write_report,
+)
 
 ACCURACIES = {  # test accuracy of each epoch, in percent
     "vgg": {0: [70, 81, 88, 92, 93, 91], 1: [72, 83, 89, 90, 95, 94]},
@@ -114,6 +124,17 @@ def report_of(study, tmp_path):
     return write
 
 
+@pytest.fixture
+def text_of(report_of, study, tmp_path):
+    """The Markdown alone, without drawing; ``report_of`` has made the runs."""
+
+    def text(**changes):
+        pictures = {"Seconds": "seconds.png", "Confusion": "confusion.png"}
+        return report(study | changes, read_results(tmp_path, study | changes), pictures, 0.0)
+
+    return text
+
+
 def test_accuracy_is_mean_and_deviation_over_seeds_beside_the_published(report_of):
     report = report_of()
     assert "| **VGG-16** | 94.00 ± 1.41 | 92.50 ± 2.12 | 85.30 ± 0.71 | 9.17 ± 0.50 | 0.2500 ± 0.0000 |" in report
@@ -151,6 +172,104 @@ def test_the_early_accuracy_is_compared_where_it_was_published(report_of, study)
         "study measured 10.00 points lower.\n"
     )
     assert line in report_of(runs=runs)
+
+
+def test_every_run_has_its_seconds_beside_the_published(text_of):
+    rows = [line.split(" | ") for line in text_of().splitlines() if line.startswith(("| **", "| *published"))]
+    seconds = [row[8].removesuffix(" |") for row in rows if len(row) == 9]
+    assert seconds == ["2.00 ± 0.00", "6.28", "9.00 ± 0.00", "51.56"]
+
+
+LAST = [{"best_accuracy": 94.17, "last_accuracy": 93.63}, {"best_accuracy": 85.80, "last_accuracy": 85.80}]
+
+
+def test_the_last_epoch_is_compared_where_it_was_published(text_of, study):
+    line = (
+        "- ResNet-50: accuracy at the last epoch 87.50 %, 5.00 points (± 1.58) lower than VGG-16 (92.50 %); the study "
+        "measured 7.83 points lower.\n"
+    )
+    assert line not in text_of()
+    assert line in text_of(runs=[run | {"published": last} for run, last in zip(study["runs"], LAST, strict=True)])
+
+
+def test_where_the_source_contradicts_itself_and_what_is_within_its_noise(text_of, study):
+    runs = [run | {"published": last} for run, last in zip(study["runs"], LAST, strict=True)]
+    repeated = {"best_accuracy": [85.80, 85.77, 90.33], "last_accuracy": [80.0, 90.0]}
+    content = text_of(runs=runs, repeated=repeated, notes=["It does not say why."])
+    assert "### About the published figures\n\n- It does not say why.\n" in content
+    assert (
+        "as published: best accuracy 85.77, 85.80, 90.33. Differences below 4.56 are within the study's own noise."
+        in content
+    )
+    assert "the study measured 8.37 points lower.\n" in content  # more than 4.56
+    assert (
+        "the study measured 7.83 points lower, less than the 10.00 between its own runs of the same settings.\n"
+        in content
+    )
+
+
+@pytest.mark.parametrize(
+    ("last", "end"),
+    [((3, 2, 1), "the same at the last epoch"), ((1, 2, 3), "at the last epoch: Again; ResNet-50; VGG-16")],
+)
+def test_the_order_at_the_best_and_at_the_last_epoch(last, end, text_of, study):
+    runs = [*study["runs"], study["runs"][1] | {"name": "again", "label": "Again"}]
+    for run, best, final in zip(runs, (3, 2, 1), last, strict=True):
+        run["published"] = {"best_accuracy": best, "last_accuracy": final}
+    content = text_of(runs=runs)
+    ours = "VGG-16; ResNet-50; Again"
+    assert f"- From the highest best accuracy to the lowest: {ours}; the same at the last epoch.\n" in content
+    assert f"- From the highest best accuracy to the lowest in the study: {ours}; {end}.\n" in content
+    assert "From the highest" not in text_of(runs=runs[:2])
+
+
+def test_phases_are_windows_of_epochs(text_of):
+    phases = [{"label": "early", "epochs": [1, 3]}, {"label": "jump", "epochs": [5, 6]}]
+    content = text_of(phases=phases)
+    assert "| **VGG-16** | early | 1-3 | 80.50 ± 1.18 | 8.85 ± 0.32 | 17.50 ± 0.71 |" in content
+    assert "| **ResNet-50** | jump | 5-6 | 87.25 ± 0.35 | 1.06 ± 0.50 | 0.50 ± 2.12 |" in content
+
+
+def test_phases_are_scaled_as_the_epochs_are(text_of):
+    phases = [{"label": "jump", "epochs": [50, 51]}, {"label": "plateau", "epochs": [80, 100]}]
+    content = text_of(phases=phases, scale=0.05)
+    for row in ("| jump | 2-3 |", "| plateau | 4-5 |"):
+        assert content.count(row) == 2
+    assert "plateau" not in text_of(phases=phases, scale=0.1)  # of 10 epochs, and the runs have 6
+
+
+@pytest.mark.parametrize(
+    ("metric", "expect", "found"),
+    [
+        ("best_accuracy", "higher", "No: ResNet-50 minus VGG-16 is -6.00 ± 1.00 points of best accuracy; the study "
+                                    "measured -8.37."),
+        ("mean_accuracy", "lower", "Yes: ResNet-50 minus VGG-16 is -8.10 ± 1.12 points of mean accuracy of epochs 1 "
+                                   "to 5."),
+        ("spread", "lower", "No: ResNet-50 minus VGG-16 is +1.24 ± 0.38 points of spread in epochs 1 to 5."),
+        ("params_millions", "lower", "Yes: ResNet-50 minus VGG-16 is -9.80 ± 0.00 million parameters, 3.0 times."),
+        ("test_loss", "lower", "No: ResNet-50 minus VGG-16 is +0.2500 ± 0.0000 of test loss."),
+    ],
+)  # fmt: skip
+def test_a_claim_about_two_runs(metric, expect, found, text_of, study, tmp_path):
+    pair = ["resnet", "vgg"]
+    for path in tmp_path.glob("resnet-seed*/summary.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"params_millions": 4.9, "test_loss": 0.5}))
+    conjecture = {"text": "it is", "expect": expect, "metric": metric, "before": pair, "after": pair}
+    content = text_of(conjectures=[conjecture])
+    assert f"- Conjecture: it is. {found}\n" in content
+    assert "- ResNet-50: best accuracy 88.00 %" in content  # a claim about a change takes its place, this does not
+
+
+def test_a_claim_that_one_epoch_cannot_decide(text_of, tmp_path):
+    for path in tmp_path.glob("*/history.csv"):
+        pd.read_csv(path)[:1].to_csv(path, index=False)
+    pair = ["resnet", "vgg"]
+    conjecture = {"text": "it is", "expect": "lower", "metric": "spread", "before": pair, "after": pair}
+    assert "Conjecture: it is. Not decided: the runs are too short." in text_of(conjectures=[conjecture])
+
+
+def test_every_published_figure_has_its_column():
+    assert tuple(METRICS) == studies.METRICS
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from fastres.models import MODELS
 from fastres.nn import BatchNormReLU2d, SyncBatchNormReLU2d
 from fastres.training import distributed
 from fastres.training.checkpoint import read_checkpoint
-from fastres.training.run import Run, resolve
+from fastres.training.hardware import resolve
+from fastres.training.run import Run
 from fastres.training.trainer import Epoch
 from tests.conftest import CommandLine
 from tests.training.conftest import assert_same_run
@@ -65,7 +66,7 @@ def test_all_processes_end_with_the_exit_code_of_rank_0(rank, error, monkeypatch
     monkeypatch.setattr(dist, "get_rank", lambda: rank)
     monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
     with pytest.raises(error) as raised:
-        distributed.from_rank_0(make)
+        distributed.on_rank_0(make)
     if rank == 0:
         assert sent == [[None, 2]]
     else:
@@ -277,7 +278,9 @@ def test_a_job_leaves_what_a_run_leaves(whole):
     names = sorted(re.sub(r"events\..*", "events", path.name) for path in whole.iterdir())
     assert names == sorted(
         [
+            ".lock",
             "best.safetensors",
+            "last.safetensors",
             "config.json",
             "curves.png",
             "events",
@@ -337,12 +340,12 @@ def test_an_error_of_all_is_said_once(flag, value, message):
 
 def test_a_checkpoint_that_does_not_fit_is_said_once(whole, tmp_path):
     state = torch.load(whole / "last.pt", weights_only=True)
-    state["step"] += 1
+    state["steps_per_epoch"] += 1
     torch.save(state, tmp_path / "last.pt")
     done = torchrun("--resume", tmp_path)
     assert done.returncode != 0
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("python -m fastres.train: ")]
-    assert "last.pt does not fit this run (it is at step 34 instead of 33" in error
+    assert "last.pt does not fit this run (its epochs have 12 steps instead of 11" in error
 
 
 def test_fewer_images_in_the_last_batch_than_processes(arrays, monkeypatch):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fastres.errors import UserError
 from fastres.training import hardware
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -28,3 +29,18 @@ def test_what_was_asked_for_is_taken_where_it_can_be_had():
     assert hardware.choose_cuda_graphs(True, CUDA, None) == (True, "asked for")
     assert hardware.choose_cuda_graphs(True, CPU, None) == (False, "CPU")
     assert not hardware.choose_cuda_graphs(True, CUDA, "max-autotune")[0]
+    assert hardware.choose_fused(True, CPU, False) == (True, "asked for")
+    assert hardware.choose_fused(False, CPU, False) == (False, "asked for")
+
+
+def test_the_operator_is_chosen_where_its_kernels_can_run(monkeypatch):
+    monkeypatch.setattr(hardware, "extension_error", "not built")
+    assert hardware.choose_fused(None, CPU, False) == (False, "not built")
+    for path, fused in (("/bin:/usr/bin", True), ("", False)):
+        monkeypatch.setenv("PATH", path)
+        monkeypatch.delenv("CC", raising=False)
+        assert hardware.choose_fused(None, CUDA, False)[0] == fused
+    with pytest.raises(UserError, match=r"--fused: Triton finds no C compiler.*; or take --no-fused"):
+        hardware.choose_fused(True, CUDA, False)
+    monkeypatch.setenv("CC", "cc")
+    assert hardware.choose_fused(None, CUDA, False) == (True, "Triton kernels")

@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastres.config import TrainConfig
 from fastres.data.datasets import Split
 from fastres.data.plan import training_plan
 from fastres.errors import RunError
 from fastres.models import create_model
 from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
 from fastres.training.checkpoint import read_checkpoint
-from fastres.training.run import best_row
+from fastres.training.history import best_row
+from fastres.training.start import read_saved
 from tests.data.test_loaders import reference
 from tests.training.conftest import start
 
@@ -34,7 +34,10 @@ pytestmark = pytest.mark.usefixtures("tiny_vgg11")
 def test_what_a_run_leaves(finished, arrays):
     run, summary = finished
     names = {path.name for path in run.folder.iterdir() if not path.name.startswith("events")}
-    assert names == {"config.json", "history.csv", "history.pkl", "best.safetensors", "last.pt", "summary.json"}
+    assert names == {
+        ".lock", "config.json", "history.csv", "history.pkl", "best.safetensors", "last.safetensors", "last.pt",
+        "summary.json",
+    }  # fmt: skip
     history = pd.read_csv(run.folder / "history.csv")
     assert list(history) == [
         "epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
@@ -43,7 +46,8 @@ def test_what_a_run_leaves(finished, arrays):
     pd.testing.assert_frame_equal(history, pd.read_pickle(run.folder / "history.pkl"))
     assert history["epoch"].tolist() == [1, 2, 3]
     assert json.loads((run.folder / "summary.json").read_text()) == summary
-    assert TrainConfig.from_json(json.loads((run.folder / "config.json").read_text()), "config.json") == run.config
+    saved = read_saved(json.loads((run.folder / "config.json").read_text()), "config.json")
+    assert (saved.config, saved.class_names) == (run.config, ("dark", "bright"))
 
     best = history.loc[history["test_accuracy"].idxmax()]
     assert summary["best_accuracy"] == pytest.approx(best["test_accuracy"])
@@ -119,7 +123,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(setting
     ):
         run.fit()
     state = read_checkpoint(run.folder)
-    assert (len(state["history"]), state["step"]) == (1, 3)
+    assert (len(state["history"]), state["epoch"]) == (1, None)
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
@@ -176,7 +180,7 @@ def test_too_little_memory_for_one_image(arrays, tmp_path):
         raise torch.OutOfMemoryError
 
     run.trainer.forward = fails
-    with pytest.raises(RunError, match="--batch-size 1: out of memory; take a smaller --model"):
+    with pytest.raises(RunError, match="--batch-size 1: out of memory; choose a smaller --model"):
         run.fit()
 
 
@@ -184,21 +188,19 @@ LIMITED = """
 import resource, sys
 from fastres import train
 mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**31,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 3 * 2**28,) * 2)
 sys.exit(train.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_memory_that_is_really_too_little(image_folder, tmp_path):
-    flags = ["--model", "vgg11", "--dataset", "folder", "--data-dir", image_folder, "--batch-size", 20]
-    flags += ["--device", "cpu", "--eval-batch-size", 1_000_000, "--output-dir", tmp_path / "run"]
+    flags = ["--model", "resnet50", "--dataset", "folder", "--data-dir", image_folder, "--batch-size", 60]
+    flags += ["--device", "cpu", "--output-dir", tmp_path / "run"]
     command = [sys.executable, "-c", LIMITED, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr == (
-        "python -m fastres.train: error: --eval-batch-size 1000000: out of memory; try --eval-batch-size 500000\n"
-    )
+    assert done.stderr == "python -m fastres.train: error: --batch-size 60: out of memory; try --batch-size 30\n"
 
 
 def test_the_best_is_selected_on_the_held_out_part(arrays, tmp_path):
@@ -224,6 +226,46 @@ def in_use():
     gc.collect()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmRSS"].split()[0]) / 2**10, len(os.listdir("/proc/self/fd")), int(status["Threads"])
+
+
+def test_no_batch_is_larger_than_its_split(arrays, tmp_path, monkeypatch):
+    run = start(arrays, tmp_path / "run", batch_size=30, eval_batch_size=4000, val_fraction=0.25, epochs=1)
+    assert run.config.eval_batch_size == 20
+    assert (run.test_loader.batch_size, run.validation_loader.batch_size) == (20, 15)
+    sizes, predict = set(), run.trainer.predict
+    monkeypatch.setattr(run.trainer, "predict", lambda images: sizes.add(len(images)) or predict(images))
+    run.fit()
+    assert sizes == {20, 15}
+
+
+def test_every_file_has_the_mode_of_the_umask(arrays, tmp_path):
+    before = os.umask(0o027)
+    try:
+        run = start(arrays, tmp_path / "run", epochs=1)
+        run.fit()
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in run.folder.iterdir()}
+    assert set(modes.values()) == {"0o640"}, modes
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(arrays, tmp_path, monkeypatch):
+    class Noon(datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 1, 12)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastres.training.run.datetime", Noon)
+    for seed in range(3):
+        start(arrays, None, seed=seed, epochs=1).fit()
+    seeds = {}
+    for folder in (tmp_path / "runs").iterdir():
+        config = json.loads((folder / "config.json").read_text())
+        seeds[folder.name] = config["asked"]["seed"]
+        assert read_checkpoint(folder)["run"]["chosen"]["output_dir"] == str(Path("runs") / folder.name)
+    name = "vgg11-arrays-20260101-120000"
+    assert seeds == {name: 0, f"{name}-2": 1, f"{name}-3": 2}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")

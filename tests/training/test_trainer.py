@@ -11,8 +11,9 @@ from fastres.errors import RunError
 from fastres.models import create_model
 from fastres.training import trainer as trainer_module
 from fastres.training.baseline import StudyLoop
+from fastres.training.optimizer import state_tensors
 from fastres.training.schedule import lr_factor
-from fastres.training.trainer import Epoch, Trainer, enough_memory
+from fastres.training.trainer import Epoch, Trainer, explain_out_of_memory
 
 SETTINGS = {"device": "cpu", "amp": "off", "compile": False, "schedule": "constant", "warmup_epochs": 0.0, "lr": 0.05}
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
@@ -155,14 +156,14 @@ def test_warming_up_changes_nothing(device):
     trainer = make_trainer(batches, model, device=device, batch_size=8, cuda_graphs=device == "cuda")
     train_epoch(trainer, batches)
     model = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    momentum = {name: tensor.clone() for name, tensor in trainer.momentum_buffers().items()}
+    momentum = [tensor.clone() for tensor in state_tensors(trainer.optimizer)]
     random_state = torch.get_rng_state()
     gpu_state = torch.cuda.get_rng_state() if device == "cuda" else None
     assert trainer.warm_up() > 0
     assert device == "cpu" or torch.equal(torch.cuda.get_rng_state(), gpu_state)
     torch.testing.assert_close(trainer.model.state_dict(), model, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), random_state)
-    torch.testing.assert_close(trainer.momentum_buffers(), momentum, rtol=0, atol=0)
+    torch.testing.assert_close(state_tensors(trainer.optimizer), momentum, rtol=0, atol=0)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
@@ -268,11 +269,11 @@ def test_running_out_of_memory_names_the_batch_size_also_from_within_a_capture()
 
     for capturing in (True, False):
         message = "--batch-size 8: out of memory; try --batch-size 4"
-        with pytest.raises(RunError, match=message), enough_memory("--batch-size", 8):
+        with pytest.raises(RunError, match=message), explain_out_of_memory("--batch-size", 8):
             step(capturing)
-    with pytest.raises(ValueError, match="another"), enough_memory("--batch-size", 8):
+    with pytest.raises(ValueError, match="another"), explain_out_of_memory("--batch-size", 8):
         raise ValueError("another error")
-    with pytest.raises(RuntimeError, match="another"), enough_memory("--batch-size", 8):
+    with pytest.raises(RuntimeError, match="another"), explain_out_of_memory("--batch-size", 8):
         raise RuntimeError("another error")
 
 
@@ -288,7 +289,7 @@ def test_a_first_step_that_fp16_skips_leaves_no_trace(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(map(torch.equal, before, trainer.model.parameters()))
-    assert not any(buffer.any() for buffer in trainer.momentum_buffers().values())
+    assert not any(buffer.any() for buffer in state_tensors(trainer.optimizer))
 
 
 @pytest.mark.gpu

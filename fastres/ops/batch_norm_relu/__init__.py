@@ -196,16 +196,23 @@ def _cuda_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
 library.impl("batch_norm_relu", _cuda_forward, "CUDA")
 library.impl("batch_norm_relu_backward", _cuda_backward, "CUDA")
 
-extension_error: ImportError | None = None
+extension_error = ""  # why there are no CPU kernels, and what to do, in one line; empty where there are
 try:
     import fastres._C  # noqa: F401
 except ImportError as error:
-    extension_error = error
+    if isinstance(error, ModuleNotFoundError):
+        reason = "is not built"
+    elif "undefined symbol" in str(error):
+        reason = f"was built for another torch than {torch.__version__} ({error})"
+    else:
+        reason = f"does not load ({error})"
+    extension_error = (
+        f"the C++ extension of fastres {reason}; with a C++ compiler, `make setup` or "
+        "`pip install --no-build-isolation .` builds it"
+    )
 
     def _not_built(*_args: object) -> None:
-        raise RuntimeError(
-            "the C++ extension of fastres is needed on the CPU: build it with `make setup`"
-        ) from extension_error
+        raise RuntimeError(f"batch_norm_relu on a CPU: {extension_error}")
 
     library.impl("batch_norm_relu", _not_built, "CPU")
     library.impl("batch_norm_relu_backward", _not_built, "CPU")

@@ -8,7 +8,7 @@ import pytest
 
 CODE = r"""
 from rich.table import Table
-from fastres.console import open_console
+from fastres.flags import open_console
 
 name = "run[lr=0.1][/x] :car: 'a' 12 é \udce9"
 table = Table(name, title=name)

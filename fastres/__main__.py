@@ -1,0 +1,30 @@
+"""The command ``fastres``: train, profile or study."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train a model, or evaluate a finished run again",
+    "profile": "measure what each step from eager PyTorch to fastres gains",
+    "study": "train all runs of a study and write its report",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs ``fastres COMMAND ...`` and returns its exit code."""
+    name, *rest = arguments if arguments is not None else sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        return importlib.import_module(f"fastres.{name}").main(rest, f"fastres {name}")
+    lines = [f"  fastres {command:8} {what}" for command, what in COMMANDS.items()]
+    if name in ("-h", "--help"):
+        print(
+            "\n".join(["Train CIFAR-scale networks fast. fastres COMMAND --help lists a command's flags.", "", *lines])
+        )
+        return 0
+    print(f"fastres: error: unknown command {name!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

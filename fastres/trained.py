@@ -1,0 +1,54 @@
+"""A trained model from a run's folder, ready to predict."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastres.errors import UserError
+from fastres.files import read_json
+from fastres.models import create_model
+from fastres.training.checkpoint import load_weights
+from fastres.training.hardware import choose_fused
+from fastres.training.start import read_saved
+
+WEIGHTS = ("best", "last")
+
+
+class TrainedModel(nn.Module):
+    """``model`` behind the normalisation that it was trained with, in evaluation mode.
+
+    Shape: images float32 ``[N, 3, 32, 32]``, RGB in [0, 1], to logits ``[N, len(class_names)]``.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(
+        self, model: nn.Module, class_names: tuple[str, ...], mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        super().__init__()
+        self.model, self.class_names = model, class_names
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model((images - self.mean) / self.std)
+
+
+def load_model(run: str | Path, weights: str = "best") -> TrainedModel:
+    """The model of the run in the folder ``run``, on the CPU.
+
+    Args:
+        weights: ``best``, of the best epoch, or ``last``, of the last epoch of a finished run.
+    """
+    folder = Path(run).expanduser()
+    if weights not in WEIGHTS:
+        raise UserError(f"weights {weights!r}: choose from {', '.join(WEIGHTS)}")
+    saved = read_saved(read_json(folder / "config.json"), folder / "config.json")
+    config = saved.config
+    fused, _ = choose_fused(None, torch.device("cpu"), sync_bn=False)
+    model = create_model(config.model, len(saved.class_names), fused=fused)
+    load_weights(model, folder / f"{weights}.safetensors")
+    return TrainedModel(model, saved.class_names, saved.mean, saved.std)

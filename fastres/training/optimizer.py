@@ -1,0 +1,70 @@
+"""The optimizers by name."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import SGD, AdamW, Optimizer
+
+if TYPE_CHECKING:
+    from fastres.config import TrainConfig
+
+Parameters = Iterable[torch.nn.Parameter]
+
+
+def sgd(parameters: Parameters, config: "TrainConfig", lr: Any) -> Optimizer:
+    return SGD(
+        parameters,
+        lr=lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def adamw(parameters: Parameters, config: "TrainConfig", lr: Any) -> Optimizer:
+    """Loshchilov & Hutter 2017, arXiv:1711.05101."""
+    return AdamW(
+        parameters,
+        lr=lr,
+        betas=(config.momentum, 0.999),
+        weight_decay=config.weight_decay,
+        fused=True,
+        capturable=bool(config.cuda_graphs),
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[Parameters, "TrainConfig", Any], Optimizer]] = {"sgd": sgd, "adamw": adamw}
+
+
+def create_optimizer(model: torch.nn.Module, config: "TrainConfig", device: torch.device) -> Optimizer:
+    """The optimizer of ``config`` for all parameters of ``model``, its state allocated and zero.
+
+    The learning rate is 0 until it is set. With CUDA graphs it is a tensor, which a replay reads anew.
+    """
+    lr = torch.zeros((), device=device) if config.cuda_graphs else 0.0
+    optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config, lr)
+    # The state exists before the first step, so that a checkpoint has a known structure and a captured graph fixed
+    # addresses, and so that SGD in fp16 does not keep an uninitialised buffer if the scaler skips step 1.
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for tensor in state_tensors(optimizer):
+        tensor.zero_()
+    return optimizer
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Sets the learning rate of the next step, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def state_tensors(optimizer: Optimizer) -> list[torch.Tensor]:
+    """All tensors of the optimizer's state."""
+    return [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]

@@ -1,0 +1,147 @@
+"""From flags to a Run: a new one, one that goes on, or a finished one that is evaluated again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastres.config import DATASET_DEFAULTS, ENGINE, TrainConfig, check_effect, over_recipe
+from fastres.data.datasets import Dataset, load_dataset
+from fastres.errors import UserError, named
+from fastres.fields import as_flag, read_table
+from fastres.files import read_json
+from fastres.training import distributed
+from fastres.training.checkpoint import read_checkpoint
+from fastres.training.hardware import resolve, tune_libraries
+from fastres.training.run import Run
+
+# what may differ between a checkpoint and the run that goes on from it, and between a run and its evaluation
+RESUMABLE = {
+    "data_dir", "device", "loader", "workers", "fused", "compile", "compile_mode", "cuda_graphs", "epochs",
+    "eval_batch_size", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps",
+}  # fmt: skip
+EVALUABLE = {"data_dir", "device", "workers", "eval_batch_size", *ENGINE}
+
+Say = Callable[[str], object]  # prints a line
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of config.json, as ``Run.record`` makes it."""
+
+    asked: dict[str, Any]
+    chosen: dict[str, Any]
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The settings of an earlier run, from its config.json or checkpoint.
+
+    asked: as given on the command line and by recipe and dataset, with ``auto``.
+    config: with every ``auto`` replaced.
+    class_names, mean, std: of its dataset.
+    """
+
+    asked: TrainConfig
+    config: TrainConfig
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def read_saved(record: Any, source: object) -> Saved:
+    """Parses ``record``, which ``Run.record`` wrote."""
+    with named(source):
+        content = read_table(Record, record)
+        return Saved(
+            read_table(TrainConfig, content.asked),
+            read_table(TrainConfig, content.asked | content.chosen),
+            content.class_names,
+            content.mean,
+            content.std,
+        )
+
+
+def open_run(
+    flags: dict[str, Any],
+    resume: Path | None = None,
+    finished: Path | None = None,
+    say: Say = lambda line: None,
+    load: Callable[..., tuple[Dataset, str]] = load_dataset,
+) -> Run:
+    """The run that ``flags`` (settings by name) ask for; nothing is written yet.
+
+    resume: a run's folder or checkpoint to go on from. A job that torchrun restarts goes on from its own folder.
+    finished: the folder of a finished run, to evaluate it again.
+    say: is called on rank 0 with the lines that tell what was chosen and why.
+    load: replaces ``load_dataset``.
+    """
+    run = distributed.on_rank_0(_choose, flags, resume, finished, say, load)
+    tune_libraries(run[0].device)
+    return Run(*run)
+
+
+def _choose(
+    flags: dict[str, Any], resume: Path | None, finished: Path | None, say: Say, load: Callable[..., Any]
+) -> tuple[TrainConfig, Dataset, dict[str, Any] | None, TrainConfig]:
+    """The arguments of Run."""
+    restart, most_restarts = distributed.restarts()
+    if most_restarts and not resume and not finished:
+        if "output_dir" not in flags:
+            raise UserError("--output-dir: needed with torchrun's --max-restarts, so that a restart finds its run")
+        if restart and (flags["output_dir"] / "last.pt").exists():
+            resume = flags["output_dir"]
+            say(f"restart {restart} of {most_restarts}: goes on from {resume / 'last.pt'}")
+    checkpoint, saved = None, None
+    if resume:
+        checkpoint = read_checkpoint(resume)
+        folder = resume if resume.is_dir() else resume.parent
+        saved = read_saved(checkpoint["run"], f"--resume {resume}")
+        settings = settings_of_run(folder, saved.config, flags, RESUMABLE)
+    elif finished:
+        with named(f"--eval {finished}: not the folder of a finished run"):
+            saved = read_saved(read_json(finished / "config.json"), "config.json")
+        settings = settings_of_run(finished, saved.config, flags, EVALUABLE)
+    else:
+        check_effect(flags)
+        settings = over_recipe(flags)
+    asked, dataset = choose_dataset(settings, say, load)
+    config, line = resolve(asked, dataset)
+    say(line)
+    if saved:
+        if dataset.classes != saved.class_names:
+            raise UserError(
+                f"--data-dir {config.data_dir}: holds the classes {', '.join(dataset.classes)}, but the run in "
+                f"{config.output_dir} was trained on {', '.join(saved.class_names)}"
+            )
+        given = {name: value for name, value in flags.items() if name != "output_dir"}
+        asked = TrainConfig(**{**vars(saved.asked), **given})
+    return config, dataset, checkpoint, asked
+
+
+def choose_dataset(
+    settings: dict[str, Any], say: Say, load: Callable[..., tuple[Dataset, str]]
+) -> tuple[TrainConfig, Dataset]:
+    """The dataset that ``settings`` name, and the config of ``settings`` over the dataset's defaults."""
+    config = TrainConfig(**settings)  # checks the values before a dataset is read
+    dataset, line = load(config.dataset, config.data_dir, config.classes, config.skip_bad_images)
+    say(f"dataset: {line}")
+    if config.train_fraction < 1:
+        dataset = dataset.sample(config.train_fraction, config.seed)
+        say(f"training on {len(dataset.train):,} of its images (train fraction {config.train_fraction:g})")
+    return TrainConfig(**{**DATASET_DEFAULTS.get(dataset.name, {}), **settings}), dataset
+
+
+def settings_of_run(folder: Path, config: TrainConfig, flags: dict[str, Any], may_differ: set[str]) -> dict[str, Any]:
+    """The settings ``config`` of the run in ``folder``, with ``flags``, of which only ``may_differ`` may change it."""
+    before = replace(config, output_dir=folder)
+    after = replace(before, **flags)
+    for name, value in flags.items():
+        if name not in may_differ and getattr(after, name) != getattr(before, name):
+            raise UserError(
+                f"{as_flag(name, value)}: {folder} is a run with {getattr(before, name)}; leave the flag off"
+            )
+    return vars(after)

@@ -1,0 +1,109 @@
+"""The public API: imported lazily, and usable as the README says."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import fastres
+from fastres.__main__ import main
+from fastres.data.datasets import Split
+from fastres.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("tiny_vgg11")
+
+
+def test_importing_the_package_imports_no_library():
+    code = "import sys, fastres; dir(fastres); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "fastres" in modules
+    assert not {"torch", "nvidia.dali", "numpy", "matplotlib"} & set(modules)
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in fastres.__all__:
+        assert getattr(fastres, name).__doc__, name
+        assert name in fastres.__doc__
+    with pytest.raises(AttributeError, match="no attribute 'trainer'"):
+        _ = fastres.trainer
+
+
+@pytest.fixture
+def settings(image_folder, tmp_path):
+    return {
+        "model": "vgg11", "dataset": "folder", "data_dir": str(image_folder), "epochs": 2, "batch_size": 20,
+        "lr": 0.02, "device": "cpu", "output_dir": tmp_path / "run",
+    }  # fmt: skip
+
+
+def test_fit_returns_the_summary(settings, tmp_path, capfd):
+    summary = fastres.fit(**settings, quiet=True)
+    assert capfd.readouterr().out == ""
+    assert summary == json.loads((tmp_path / "run/summary.json").read_text())
+    assert fastres.fit(resume=tmp_path / "run", epochs=3)["epochs"] == 3
+    assert "epoch   3/3" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"modle": "vgg11"}, "unknown key modle; did you mean model"),
+        ({"epochs": "3"}, "epochs: must be an integer, not '3'"),
+        ({"model": "vgg12"}, "--model: invalid choice 'vgg12'"),
+    ],
+)
+def test_fit_refuses_what_the_command_refuses(wrong, message, settings):
+    with pytest.raises(UserError, match=message):
+        fastres.fit(**settings | wrong)
+
+
+@pytest.mark.parametrize("weights", ["best", "last"])
+def test_a_loaded_model_predicts_as_the_run_evaluated(weights, settings, tmp_path, arrays):
+    summary = fastres.fit(**settings, quiet=True, amp="off")
+    model = fastres.load_model(tmp_path / "run", weights)
+    assert model.class_names == ("bright", "dark")
+    assert not model.training
+    images = torch.from_numpy(arrays.test.images).permute(0, 3, 1, 2) / 255
+    labels = torch.from_numpy(1 - arrays.test.labels)  # the folder's classes are sorted by name
+    with torch.no_grad():
+        logits = model(images)
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert loss == pytest.approx(summary["test_loss" if weights == "best" else "last_test_loss"], rel=0.1)  # JPEG
+
+
+def test_load_model_says_what_is_wrong(settings, tmp_path):
+    with pytest.raises(UserError, match=r"config.json: not readable as JSON"):
+        fastres.load_model(tmp_path)
+    fastres.fit(**settings, quiet=True)
+    with pytest.raises(UserError, match="weights 'first': choose from best, last"):
+        fastres.load_model(tmp_path / "run", "first")
+    (tmp_path / "run/last.safetensors").unlink()
+    with pytest.raises(UserError, match=r"last.safetensors: does not hold weights of this model"):
+        fastres.load_model(tmp_path / "run", "last")
+
+
+@pytest.mark.parametrize("name", ["DaliLoader", "EagerLoader"])
+def test_a_loader_in_a_loop_of_ones_own(name, rng):
+    split = Split(rng.integers(0, 256, (10, 32, 32, 3), np.uint8), np.arange(10))
+    loader = getattr(fastres, name)(
+        split,
+        lambda epoch: fastres.training_plan(0, epoch, 10, "crop-flip"),
+        batch_size=4,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        device=torch.device("cpu"),
+    )
+    labels = torch.cat([labels for _, labels in loader.epoch(0)])
+    assert labels.tolist() == fastres.training_plan(0, 0, 10, "crop-flip").order.tolist()
+
+
+def test_the_command(capsys, tmp_path):
+    assert main(["--help"]) == 0
+    assert "fastres study" in capsys.readouterr().out
+    assert main(["trian"]) == 2
+    assert capsys.readouterr().err == "fastres: error: unknown command 'trian'; choose from train, profile, study\n"
+    assert main(["train", "--resume", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.startswith("fastres train: error: --resume ")
