@@ -146,6 +146,7 @@ def test_a_run_saves_when_its_study_alone_is_interrupted(flags, tmp_path):
 
 
 def test_a_run_saves_when_its_study_is_killed(flags, tmp_path):
+    flags = [*flags, "--checkpoint-every", 9]  # nothing is saved at the end of the first epoch
     code, _ = stopped(flags, tmp_path / "out", lambda process: process.kill())
     assert code == -signal.SIGKILL
     assert read_checkpoint(tmp_path / "out/high-seed0")["epoch"]["steps"] > 0
