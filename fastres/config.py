@@ -5,6 +5,7 @@ import difflib
 import json
 import math
 import reprlib
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -219,7 +220,7 @@ def is_a(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return kind in (bool, bool | None)
     if kind in (float, float | None) and isinstance(value, int | float):
-        return -math.inf < value < math.inf
+        return abs(value) <= sys.float_info.max
     return isinstance(value, {Path: str, Path | None: str | None}.get(kind, kind))
 
 
