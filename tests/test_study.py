@@ -359,6 +359,7 @@ def conjecture(**values):
         ("[flags]", "repeated = { best_accuracy = [1] }\n[flags]", r"repeated.best_accuracy: must be a list of two"),
         ("[flags]", "repeated = { accuracy = [1, 2] }\n[flags]", r"unknown key repeated.accuracy; did you mean"),
         ("[flags]", "phases = [{ label = 'x', epochs = [5, 5] }]\n[flags]", r"phases.epochs: must be the first and"),
+        ("[flags]", f"phases = [{{ label = 'x', epochs = [1, {'9' * 400}] }}]\n[flags]", r"phases.epochs: must be the"),
         ("[flags]", "phases = [{ label = 'x' }]\n[flags]", r"phases.epochs: must be the first and the last, for "),
         ("[flags]", "notes = 'x'\n[flags]", r"tiny.toml: notes: must be a list of strings, not 'x'"),
         (TINY, "title = 'nothing'", r"tiny.toml: no runs; add a table"),

@@ -9,7 +9,7 @@ A file holds::
     [flags]                           # optional: flags of fastres.train that all of this file's own runs share
     [runs.NAME]                       # label, flags, published (its keys: METRICS), all optional
     [variants.NAME]                   # optional: label and flags; each run is done once in every variant
-    [repeated]                        # optional: METRIC = [...], figures that the source has for one and the same run
+    [repeated]                        # optional: METRIC = [...], published figures of runs with the same settings
     [[figures]]                       # optional: title and runs; otherwise one figure shows all runs
     [[phases]]                        # optional: label and epochs = [FIRST, LAST], see Phase
     [[conjectures]]                   # optional: text, expect, metric, and runs, or before and after, see Conjecture
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastres.config import TrainConfig, is_a, read_setting
+from fastres.config import MANY, TrainConfig, is_a, read_setting
 from fastres.errors import UserError
 
 BUILT_IN = Path(__file__).parent
@@ -205,7 +205,7 @@ class _Reader:
     def phase(self, value: dict[str, Any]) -> Phase:
         self.check_keys("phases.", value, ("label", "epochs"))
         epochs: Any = value.get("epochs")
-        if not is_a(epochs, tuple[int, ...]) or len(epochs) != 2 or not 1 <= epochs[0] < epochs[1]:
+        if not is_a(epochs, tuple[int, ...]) or len(epochs) != 2 or not 1 <= epochs[0] < epochs[1] <= MANY:
             raise UserError(f"{self.path}: phases.epochs: must be the first and the last, for instance [10, 50]")
         return Phase(self.string("phases.label", value.get("label")), (epochs[0], epochs[1]))
 
