@@ -9,6 +9,9 @@ class UserError(Exception):
 
     exit_code = 2
 
+    def __str__(self) -> str:  # one line, even if a path or a value in it has several
+        return super().__str__().replace("\n", "\\n")
+
 
 class RunError(UserError):
     """A run that could not go on, although its input was good: a loss that is no number, a full disk, too little
