@@ -363,7 +363,9 @@ def test_cifar_files(cifar10, data):
 WORDS = [
     "title", "flags", "runs", "variants", "include", "figures", "conjectures", "published", "model", "lr", "epochs",
     '"x"', "3", "-1", "1e400", "1e-3", "nan", "true", "[]", "{}", "[[1]]", "{ lr = 0.1 }", "1979-05-27", "[runs.x]",
-    '["architecture/vgg16"]', "9" * 400, "milestones", "batch-size", "seed", "zero-gamma", "\n", "=", '"a\\u0000b"',
+    '["architecture/vgg16"]', "9" * 400, "milestones", "batch-size", "seed", "zero-gamma", "\n",
+    "notes", "repeated", "phases", "augmentation", '"flip-crop"', '{ best_accuracy = [1, 2] }',
+    "[{ label = 'x', epochs = [1, 2] }]", "=", '"a\\u0000b"',
 ]  # fmt: skip
 
 

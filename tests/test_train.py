@@ -139,6 +139,7 @@ def test_help_groups_the_flags(command_line):
         (["--amp", "fp16"], "--amp fp16: needs a GPU"),
         (["--classes", "dark,cow"], "--classes: .* has no cow; it has bright, dark"),
         (["--resume", "nowhere"], "--resume nowhere: no such file"),
+        (["--data-dir", "two\nlines"], r"--data-dir two\\nlines: no such folder"),
         (["--eval", "nowhere"], "--eval nowhere: not the folder of a finished run"),
     ],
 )

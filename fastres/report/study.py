@@ -291,7 +291,7 @@ def accuracy_notes(study: dict[str, Any], results: list[Results]) -> str:
 
 
 def source_notes(study: dict[str, Any]) -> str:
-    """What the study says of the published figures, and how far those of equal settings are apart."""
+    """The study's notes, and the published figures that differ although the settings are the same."""
     notes = [
         f"Runs of the same settings, as published: {METRICS[metric][2].removeprefix('points of ')} "
         f"{', '.join(f'{value:.2f}' for value in sorted(values))}. Differences below {noise(study, metric):.2f} are "
@@ -466,7 +466,7 @@ def conjecture_finding(conjecture: dict[str, Any], by_name: dict[str, Results]) 
     (first, second), (third, fourth) = ([by_name[name] for name in conjecture[key]] for key in ("before", "after"))
     before, before_error = first.estimate(metric).minus(second.estimate(metric))
     after, after_error = third.estimate(metric).minus(fourth.estimate(metric))
-    if math.isnan(after):
+    if math.isnan(before + after):
         return f"Conjecture: {conjecture['text']}. Not decided: the runs are too short."
     value, error = after, after_error
     if conjecture["expect"] == "grows":

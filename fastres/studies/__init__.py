@@ -9,7 +9,7 @@ A file holds::
     [flags]                           # optional: flags of fastres.train that all of this file's own runs share
     [runs.NAME]                       # label, flags, published (its keys: METRICS), all optional
     [variants.NAME]                   # optional: label and flags; each run is done once in every variant
-    [repeated]                        # optional: METRIC = [...], figures that the source has for one and the same run
+    [repeated]                        # optional: METRIC = [...], published figures of runs with the same settings
     [[figures]]                       # optional: title and runs; otherwise one figure shows all runs
     [[phases]]                        # optional: label and epochs = [FIRST, LAST], see Phase
     [[conjectures]]                   # optional: text, expect, metric, and runs, or before and after, see Conjecture
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastres.config import read_settings
+from fastres.config import INT32_MAX, read_settings
 from fastres.errors import UserError, named
 from fastres.fields import check_names, read_table
 
@@ -65,7 +65,7 @@ class Phase:
     epochs: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.epochs) != 2 or not 1 <= self.epochs[0] < self.epochs[1]:
+        if len(self.epochs) != 2 or not 1 <= self.epochs[0] < self.epochs[1] <= INT32_MAX:
             raise UserError("epochs must be the first and the last, for instance [10, 50]")
 
 
