@@ -46,9 +46,9 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     def eps(self) -> float:
         if self.relu:
             raise TypeError(
-                f"{type(self).__name__} applies ReLU, which is lost where eps is read to rebuild it as a plain norm or to "
-                "fold it into a convolution. For SyncBatchNorm: create_model(..., sync_bn=True) or SyncBatchNormReLU2d. "
-                "For folding: nn.BatchNorm2d with its state dict, and nn.ReLU. For the value: epsilon"
+                f"{type(self).__name__} applies ReLU, which is lost where eps is read to rebuild it as a plain norm or "
+                "to fold it into a convolution. For SyncBatchNorm: create_model(..., sync_bn=True) or "
+                "SyncBatchNormReLU2d; for folding: nn.BatchNorm2d with its state dict, and nn.ReLU; the value: epsilon"
             )
         return self.epsilon
 
@@ -214,5 +214,5 @@ def fx_node(module: nn.Module, x: Proxy, *args: object) -> Any:
 def refuse_script(module: nn.Module) -> None:
     """Raises RuntimeError; `torch.jit.script` calls this before it compiles `module`."""
     raise RuntimeError(
-        f"torch.jit.script cannot compile {type(module).__name__}: use torch.jit.trace or torch.export.export"
+        f"torch.jit.script cannot compile {type(module).__name__}: use torch.export.export or torch.jit.trace"
     )
