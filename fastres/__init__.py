@@ -14,7 +14,6 @@ The public API, whose modules are imported on first use:
 import importlib
 import os
 import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,16 +51,6 @@ __all__ = list(_MODULES)
 # Started in this very folder, Python would find profile.py in it when a library imports the standard library's profile.
 _here = os.path.dirname(os.path.realpath(__file__))
 sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.curdir) != _here]
-
-# A notebook's MPLBACKEND, if that is not installed here, makes importing matplotlib an error; torchmetrics imports it.
-_backend = os.environ.get("MPLBACKEND")
-if _backend and "matplotlib" not in sys.modules:
-    del os.environ["MPLBACKEND"]
-    import matplotlib
-
-    os.environ["MPLBACKEND"] = _backend
-    with suppress(ValueError):
-        matplotlib.rcParams["backend"] = _backend
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import sys
 
 IMPORT = """
 import os
-import fastres, matplotlib
+import fastres.report, matplotlib
 
 settings = dict(dict.items(matplotlib.rcParams))  # rcParams["backend"] would load it
 print(os.environ["MPLBACKEND"], settings["backend"])
@@ -22,7 +22,7 @@ for module in walk_packages(fastres.__path__, "fastres."):
         import_module(module.name)
 fastres.report.plots.plot_curves(Path(sys.argv[1]), "a run")
 assert dict(dict.items(matplotlib.rcParams)) == settings
-assert not matplotlib.pyplot.get_fignums()
+assert "matplotlib.pyplot" not in sys.modules
 """
 NOTEBOOK = "module://matplotlib_inline.backend_inline"  # which is not installed
 
