@@ -12,7 +12,7 @@ import markdown
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from matplotlib.text import Text
@@ -421,6 +421,9 @@ def shown(page, tag):
 
 @settings(max_examples=300, deadline=None)
 @given(st.text("ab1 .|\\`*_[](){}#<>&~!-+=:$\"'/;é", min_size=1, max_size=12).filter(str.strip))
+@example("~~a~~")
+@example("__init__")
+@example("1. a")
 def test_a_label_is_text(label):
     """In the page and in what else shows Markdown with tables, as GitHub does."""
     text, label = as_markdown(label), " ".join(label.split())
