@@ -327,7 +327,7 @@ def execute(run: PlannedRun, advance: Callable[[float], None]) -> dict[str, Any]
     if (run.folder / "last.pt").exists():
         command += ["--resume", str(run.folder)]
         flags = {name: value for name, value in flags.items() if name in RESUMABLE}
-    environment = {**os.environ, STOP_WITH_STDIN: "1"}
+    environment = {**os.environ, STOP_WITH_STDIN: "1", "PYTHONIOENCODING": "utf-8"}
     pipe = subprocess.PIPE
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import pandas as pd
@@ -17,6 +18,7 @@ from fastres.config import TrainConfig, over_recipe
 from fastres.errors import UserError
 from fastres.fields import KINDS, required
 from fastres.files import claimed
+from fastres.flags import open_console
 from fastres.studies import RESERVED, RunDefinition, Study, list_studies, load_study
 from fastres.training.checkpoint import read_checkpoint
 from tests.conftest import CommandLine
@@ -150,6 +152,54 @@ def test_a_run_saves_when_its_study_is_killed(flags, tmp_path):
     code, _ = stopped(flags, tmp_path / "out", lambda process: process.kill())
     assert code == -signal.SIGKILL
     assert read_checkpoint(tmp_path / "out/high-seed0")["epoch"]["steps"] > 0
+
+
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("environment", [C_LOCALE, {"PYTHONIOENCODING": "latin-1"}], ids=["C", "latin-1"])
+def test_names_are_read_and_written_as_utf_8_whatever_the_locale(environment, study_file, image_folder, tmp_path):
+    for part in ("train", "test"):
+        (image_folder / part / "dark").rename(image_folder / part / "größe")
+    study = TINY.split("[runs.high]")[0].replace("[runs.low]", '[runs.low]\nlabel = "ñ [/x] :car:"')
+    study_file.write_text(study, encoding="utf-8-sig")
+    out = tmp_path / "ergebnis ä"
+    command = [sys.executable, "-m", "fastres.study", study_file, "--data-dir", image_folder, "--output-dir", out]
+    command += ["--scale", "0.3", "--no-eager-cost"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert re.match(rb"1/1 (\xf1|\\xf1) \[/x\] :car:, seed 0: best", done.stdout)
+    for name in ("report.md", "report.html"):
+        assert "(bright, größe)" in (out / name).read_text(encoding="utf-8")
+
+
+def test_a_run_whose_folder_the_locale_cannot_name_is_refused(study_file):
+    study_file.write_text(TINY.replace("[runs.low]", '[runs."größe"]'), encoding="utf-8")
+    command = [sys.executable, "-m", "fastres.study", study_file, "--dry-run"]
+    done = subprocess.run(command, env=os.environ | C_LOCALE, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.match(r".*runs\.gr\\xf6\\xdfe: a run's name is its folder's, .*; set PYTHONUTF8=1\n$", done.stderr)
+
+
+def test_labels_are_shown_as_they_are_on_a_terminal(monkeypatch, capfd):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    summary = {"best_accuracy": 0.0, "last_accuracy": 0.0, "epoch_seconds": 1.0, "images_per_second": 1.0}
+    monkeypatch.setattr(study, "execute", lambda run, advance: summary)
+    run = SimpleNamespace(name="[/x] :car:", work=1.0, finished=False)
+    with study.study_progress(open_console(), [run]) as execute:
+        execute(run)
+    shown = capfd.readouterr().out
+    assert "1/1 [/x] :car: " in shown  # beside the bar
+    assert "1/1 [/x] :car:: best 0.00 %" in shown
+
+
+def test_a_dry_run_shows_labels_as_they_are(command_line, flags, study_file, monkeypatch):
+    monkeypatch.setattr(study, "measure", lambda run: 1.0)
+    label = f"[/x] :car: {100 * 'x'}"
+    study_file.write_text(TINY.replace("high rate", label))
+    assert command_line(*flags, "--dry-run", "--no-eager-cost") == 0
+    assert "[/x] :car:" in command_line.out
+    assert command_line.out.count("x") > 100
 
 
 def test_a_dry_run_estimates(command_line, flags, monkeypatch):

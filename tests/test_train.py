@@ -55,6 +55,16 @@ def test_trains_reports_and_evaluates_again(loader, command_line, flags, tmp_pat
     assert accuracy.group(1) == accuracy.group(2)
 
 
+def test_a_folder_may_have_any_name(command_line, flags, tmp_path):
+    run = tmp_path / "run[lr=0.1][/]:car:é\udce9"  # its last byte is not UTF-8
+    shown = str(run).replace("\udce9", r"\udce9")
+    assert command_line(*flags[:-1], run) == 0
+    assert f"run:     {shown}\npicture: {shown}/curves.png\n" in command_line.out
+    assert command_line("--eval", run) == 0
+    assert command_line("--resume", run, "--epochs", 3) == 0
+    assert "already holds a run" in command_line.one_line(*flags[:-1], run)
+
+
 def test_resume_goes_on_where_the_run_stopped(command_line, flags, tmp_path):
     assert command_line(*flags) == 0
     assert command_line("--resume", tmp_path / "run", "--epochs", 3) == 0

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from rich import box
 from rich.table import Table
 
@@ -131,7 +132,7 @@ def plot_profile(folder: Path) -> Path:
         xscale="log",
         xlim=(0.5 * min(rate for _, rate in rates), 12 * max(rate for _, rate in rates)),
     )
-    ceilings.xaxis.set_major_formatter("{x:,.9g}")
+    ceilings.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1k, 10k, ...; the default is in mathtext
     ceilings.margins(y=0.1)
     ceilings.grid(False, axis="y")
     for axes in (epochs, ceilings):

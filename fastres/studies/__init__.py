@@ -15,6 +15,7 @@ A file holds::
     [[conjectures]]                   # optional: text, expect, metric, and runs, or before and after, see Conjecture
 """
 
+import os
 import tomllib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
@@ -190,6 +191,12 @@ def definitions(where: str, tables: dict[str, RunTable]) -> list[RunDefinition]:
     for name, item in tables.items():
         if "/" in name or not name:
             raise UserError(f"{where}.{name}: a run's name is its folder's, so it must not contain a /")
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{where}.{name}: a run's name is its folder's, and the locale has no such file name; set PYTHONUTF8=1"
+            ) from error
         check_names(item.published, METRICS, f"{where}.{name}.published.")
         flags = read_flags(f"{where}.{name}.flags", item.flags)
         found.append(RunDefinition(name, item.label or name, flags, item.published))

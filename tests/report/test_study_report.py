@@ -1,14 +1,21 @@
 """The report of a study, on folders whose figures are known: tables, findings, pictures, and the page in a browser."""
 
+import html
 import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 
+import markdown
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from matplotlib.text import Text
 
 from fastres import studies
 from fastres.errors import UserError
@@ -16,10 +23,12 @@ from fastres.report import study_plots
 from fastres.report.study import (
     METRICS,
     Estimate,
+    as_markdown,
     conjecture_finding,
     first_to,
     read_results,
     report,
+    table,
     time_to,
     write_report,
 )
@@ -402,6 +411,79 @@ def test_figures_show_what_was_measured(report_of, study, tmp_path):
         best = max(best, accuracy)
         expected.append([seconds, best])
     assert front == expected
+
+
+def shown(page, tag):
+    """The texts of a page's elements ``tag``."""
+    found = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", page, re.DOTALL)
+    return [" ".join(html.unescape(re.sub("<[^>]*>", "", text)).split()) for text in found]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab1 .|\\`*_[](){}#<>&~!-+=:$\"'/;é", min_size=1, max_size=12).filter(str.strip))
+@example("~~a~~")
+@example("__init__")
+@example("1. a")
+def test_a_label_is_text(label):
+    """In the page and in what else shows Markdown with tables, as GitHub does."""
+    text, label = as_markdown(label), " ".join(label.split())
+    cells = table(["run", "value"], [[f"**{text}**", text], ["a", "b"]])
+    source = f"# {text}\n\n- {text}\n- in {text} between\n\n{cells}\n\n![{text}](figures/a.png)\n"
+    for page in (
+        markdown.markdown(source, extensions=["tables"]),
+        MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(source),
+    ):
+        assert shown(page, "h1") == [label]
+        assert shown(page, "li") == [label, f"in {label} between"]
+        assert shown(page, "td") == [label, label, "a", "b"]
+        (alternative,) = re.findall(r'<img [^>]*alt="([^"]*)"', page)
+        assert " ".join(html.unescape(alternative).split()) == label
+
+
+LABEL = '_lr $x_$ y 0.1 | <b>warm-up</b> 5 "a" src="figures/x.png"'
+
+
+def test_labels_are_text_in_the_report_and_its_pictures(report_of, study, tmp_path):
+    runs = [run | {"label": f"{LABEL} {run['name']}"} for run in study["runs"]]
+    report_of(runs=runs, title=LABEL, overrides={"classes": LABEL}, figures=[{"title": LABEL, "runs": ["vgg"]}])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert shown(page, "h1") == shown(page, "title") == [LABEL]
+    assert LABEL in shown(page, "h3")
+    rows = [shown(row, "td") for row in re.findall("<tr>.*?</tr>", page, re.DOTALL)]
+    accuracy, *_, times = (row for row in rows if row and row[0] == f"{LABEL} vgg")
+    assert accuracy[1] == "94.00 ± 1.41"
+    assert times[1] == "4.0 ± 0.0"
+    assert any(line.startswith(f"{LABEL} resnet: best accuracy 88.00 %") for line in shown(page, "li"))
+
+
+def test_labels_are_text_in_pictures(report_of, study, tmp_path):
+    report_of()
+    results = [replace(result, label=f"{LABEL} {result.name}") for result in read_results(tmp_path, study)]
+    for draw in (study_plots.curves, study_plots.pareto, study_plots.confusion):
+        figure = draw(results, "a $x_$ b")
+        texts = {text.get_text(): text for text in figure.findobj(Text)}
+        for words in (f"{LABEL} vgg", f"{LABEL} resnet", "a $x_$ b"):
+            assert not texts[words].get_parse_math()
+        study_plots.save(figure, tmp_path / "drawn.png")
+
+
+def test_figures_have_files_of_their_own(report_of, tmp_path):
+    titles = ["One: two", "One, two", "One, two", "日本", "Confusion of the best epoch", 300 * "long "]
+    report = report_of(figures=[{"title": title, "runs": ["vgg"]} for title in titles])
+    pictures = re.findall(r"^!\[(.*)\]\((.*)\)$", report, re.M)
+    titles[-1] = titles[-1].strip()
+    assert [title for title, _ in pictures] == [
+        *titles, "Accuracy against seconds of training", "Confusion of the best epoch",
+    ]  # fmt: skip
+    paths = [path for _, path in pictures]
+    assert len(set(paths)) == len(paths)
+    assert all((tmp_path / path).exists() and path.isascii() for path in paths)
+
+
+def test_the_fastest_of_two_runs_of_one_label(report_of, study, tmp_path):
+    report_of()
+    results = [replace(result, label="the same") for result in read_results(tmp_path, study)]
+    assert first_to(results, 80) == "80 % is reached first by the same, after 4.0 s of training."
 
 
 def test_a_run_that_is_not_there(report_of, tmp_path):
