@@ -28,7 +28,8 @@ from fastres.fields import as_arguments, check_fields, flag
 from fastres.files import claimed, read_json, write_json
 from fastres.flags import STOP_WITH_STDIN, Parser, add_flags, open_console, run_command
 from fastres.models import create_model
-from fastres.report.study import read_summary, write_report
+from fastres.report.results import read_summary
+from fastres.report.study import write_report
 from fastres.roofline import forward_macs
 from fastres.studies import RunDefinition, Study, list_studies, load_study
 from fastres.training import distributed
