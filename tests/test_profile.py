@@ -87,7 +87,9 @@ def test_profiles_every_step_on_the_way(command_line, flags, tmp_path):
     assert any("convolution" in event.get("name", "") for event in events)
 
 
-def test_an_interrupted_profile_keeps_the_rounds_that_were_finished(command_line, flags, monkeypatch, tmp_path):
+def test_an_interrupted_profile_keeps_the_rounds_that_were_finished(
+    command_line, flags, tiny_vgg11, monkeypatch, tmp_path
+):
     measure = Candidate.measure
 
     def interrupted(candidate, number, steps_of_epoch):
@@ -101,7 +103,7 @@ def test_an_interrupted_profile_keeps_the_rounds_that_were_finished(command_line
     result = json.loads((tmp_path / "profile/profile.json").read_text())
     assert result["rounds"] == 2
     assert {len(row["epoch_seconds"]["rounds"]) for row in result["candidates"]} == {2}
-    assert profile_table(result).row_count == len(NAMES) + 4  # and the model, two loaders, the limit
+    assert "2 interleaved rounds of" in profile_table(result)
     assert plot_profile(tmp_path / "profile").exists()
 
 
