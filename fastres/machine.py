@@ -63,9 +63,7 @@ def _git(*arguments: str) -> str | None:
     # without GIT_DIR and the like, which a hook or a user may have set for another repository
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=REPOSITORY, env=environment, capture_output=True, encoding="utf-8", check=True
-        )
-    except (OSError, subprocess.CalledProcessError, UnicodeDecodeError):
+        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, env=environment, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return os.fsdecode(done.stdout).strip()

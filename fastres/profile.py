@@ -5,11 +5,13 @@ import os
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler reports a missing GPU as an error
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and warns of memory that was there before it
 
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -113,7 +115,9 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
             trace = folder / "trace.json"
             with torch.profiler.profile(profile_memory=True) as recorded:
                 train(fastres.trainer, RepeatedBatch(first_batch(defaults, dataset), 2))
-            recorded.export_chrome_trace(str(trace))
+            with TemporaryDirectory() as scratch:  # the profiler takes only paths that are UTF-8
+                recorded.export_chrome_trace(f"{scratch}/{trace.name}")
+                shutil.move(f"{scratch}/{trace.name}", trace)
             console.print(f"trace:   {trace}, for chrome://tracing or ui.perfetto.dev")
     return result
 

@@ -184,8 +184,8 @@ def test_without_dali_and_bf16_those_steps_are_left_out(command_line, flags, mon
         (["--images", "0"], "--images 0: must be at least 1"),
         (["--rounds", "0"], "--rounds 0: must be at least 1"),
         (["--rounds", "few"], "--rounds: invalid int value: 'few'"),
-        (["--seconds", "-1"], "--seconds -1.0: must be positive"),
-        (["--seconds", "nan"], "--seconds nan: must be positive"),
+        (["--seconds", "-1"], "--seconds -1: must be above 0"),
+        (["--seconds", "nan"], "--seconds nan: must be above 0"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
     ],
 )

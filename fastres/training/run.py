@@ -4,7 +4,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, partial
@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from fastres.config import ENGINE, TrainConfig
 from fastres.data import Loader, create_loader
@@ -27,6 +26,7 @@ from fastres.machine import commit, device_name, peak_memory_mb, versions
 from fastres.models import create_model
 from fastres.training import distributed
 from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights
+from fastres.training.event_log import EventLog
 from fastres.training.hardware import steps_per_epoch
 from fastres.training.history import Row, best_row
 from fastres.training.trainer import Epoch, Evaluation, Trainer
@@ -133,22 +133,18 @@ class Run:
             self.warm_up_seconds = self.trainer.warm_up()
             if not self.resumed:
                 self._save()
-            writes = distributed.rank() == 0
-            log = stack.enter_context(
-                SummaryWriter(str(folder), purge_step=len(self.history) + 1) if writes else nullcontext()
-            )
+            log = EventLog(folder, len(self.history) + 1) if distributed.rank() == 0 else None
             while len(self.history) < self.config.epochs:
                 epoch = self.epoch or Epoch.begin(len(self.history), self.trainer.device)
                 self.epoch = None
                 row = self._finish(self._train(epoch, on_step, signalled))
-                for name, value in row.items():
-                    if log and name != "epoch":
-                        log.add_scalar(name, value, row["epoch"])
+                if log:
+                    log.add(row)
                 on_epoch(row)
-            if writes:
+            if log:
                 save_weights(self.trainer.model, folder / "last.safetensors")
             summary = self._summary()
-            if writes:
+            if log:
                 write_json(folder / "summary.json", summary)
             return summary
 

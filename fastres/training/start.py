@@ -21,6 +21,8 @@ RESUMABLE = {
     "eval_batch_size", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps",
 }  # fmt: skip
 EVALUABLE = {"data_dir", "device", "workers", "eval_batch_size", *ENGINE}
+# what a resumed run chooses anew if it was ``auto``, because it may go on with another machine
+MACHINE = ("device", "loader", "fused", "compile", "cuda_graphs")
 
 Say = Callable[[str], object]  # prints a line
 
@@ -50,6 +52,11 @@ class Saved:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def settings(self) -> TrainConfig:
+        """``config`` with the machine's settings as asked for."""
+        return replace(self.config, **{name: getattr(self.asked, name) for name in MACHINE})
 
 
 def read_saved(record: Any, source: object) -> Saved:
@@ -100,11 +107,11 @@ def _choose(
         checkpoint = read_checkpoint(resume)
         folder = resume if resume.is_dir() else resume.parent
         saved = read_saved(checkpoint["run"], f"--resume {resume}")
-        settings = settings_of_run(folder, saved.config, flags, RESUMABLE)
+        settings = settings_of_run(folder, saved.settings, flags, RESUMABLE)
     elif finished:
         with named(f"--eval {finished}: not the folder of a finished run"):
             saved = read_saved(read_json(finished / "config.json"), "config.json")
-        settings = settings_of_run(finished, saved.config, flags, EVALUABLE)
+        settings = settings_of_run(finished, saved.settings, flags, EVALUABLE)
     else:
         check_effect(flags)
         settings = over_recipe(flags)

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from fastres.report.plots import plot_curves
@@ -51,14 +51,13 @@ def test_the_curves_are_the_history(splits, title, tmp_path, monkeypatch):
         history[f"{split}_loss"] = [3.0 + number, 2.0, 1.0]
         history[f"{split}_accuracy"] = accuracy[split]
     history.to_csv(tmp_path / "history.csv", index=False)
-    monkeypatch.setattr(plt, "close", lambda figure: None)  # to look at it
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
     plot_curves(tmp_path, "a run")
-    losses, accuracies = plt.gcf().axes
+    losses, accuracies = saved[0].axes
     assert accuracies.get_title() == title
     for axes, metric in ((losses, "loss"), (accuracies, "accuracy")):
         for line, split in zip(axes.lines, splits, strict=False):
             assert line.get_label() == split
             assert line.get_linestyle() == ("--" if split == "train" else "-")
             np.testing.assert_array_equal(line.get_ydata(), history[f"{split}_{metric}"])
-    monkeypatch.undo()
-    plt.close("all")
