@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from interleave import Row, rows_of
+from timing import Row, rows_of
 
 from fastres.machine import commit, device_name, versions
 from fastres.training.hardware import tune_libraries

@@ -22,7 +22,7 @@ PROFILE = (
     "model", "dataset", "images_per_epoch", "batch_size", "augmentation", "rounds", "steps_per_round",
     "steps_per_epoch", "limit_epoch_seconds", "limit_images_per_second", "loader_alone_images_per_second",
 )  # fmt: skip
-VARIANT = ("name", "images_per_second", "times_eager", "data_wait_fraction", "peak_memory_mb", "limit_share")
+CANDIDATE = ("name", "images_per_second", "times_eager", "data_wait_fraction", "peak_memory_mb", "limit_share")
 
 
 def kept(run: Path, data: str | None = None) -> dict[str, Any]:
@@ -46,10 +46,10 @@ def kept_profile(profile: dict[str, Any]) -> dict[str, Any]:
         "command": without_folders(" ".join(["python -m fastres.profile", *flags])),
         **{name: profile[name] for name in PROVENANCE + PROFILE},
         "model_alone": {"images_per_second": profile["model_alone"]["images_per_second"]},
-        "variants": [
-            {name: variant[name] for name in VARIANT}
-            | {"epoch_seconds": {name: variant["epoch_seconds"][name] for name in ("median", "p20", "p80")}}
-            for variant in profile["variants"]
+        "candidates": [
+            {name: candidate[name] for name in CANDIDATE}
+            | {"epoch_seconds": {name: candidate["epoch_seconds"][name] for name in ("median", "p20", "p80")}}
+            for candidate in profile["candidates"]
         ],
     }
 

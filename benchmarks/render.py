@@ -65,7 +65,7 @@ def render(text: str, contents: Iterable[Content]) -> str:
 def profile_tables(contents: list[Content]) -> str:
     """A table for each model, batch size and device that was profiled."""
     newest = {}
-    for profile in (content for content in contents if {"variants", "command"} <= content.keys()):
+    for profile in (content for content in contents if {"candidates", "command"} <= content.keys()):
         newest[profile["device"], profile["model"], profile["batch_size"]] = profile
     return "\n\n".join(profile_table(newest[key]) for key in sorted(newest))
 
@@ -82,7 +82,7 @@ def profile_table(profile: Content) -> str:
             f"{row['peak_memory_mb']:,.0f}",
             f"{100 * row['limit_share']:.0f} %",
         ]
-        for row in profile["variants"]
+        for row in profile["candidates"]
     ]
     head = ["", "s/epoch", "p20 to p80", "images/s", "x eager", "data wait", "peak MiB", "of the limit"]
     caption = (
@@ -134,7 +134,7 @@ def forward_table(contents: list[Content]) -> str:
 
 
 def step_table(contents: list[Content]) -> str:
-    """A training step of each model, fastres' defaults against the studies' loop."""
+    """A training step of each model, fastres' defaults against plain PyTorch."""
     rows = []
     for row, eager in _newest(contents, "step", "fastres", "eager"):
         milliseconds = (f"{1000 * candidate['seconds']:,.1f}" for candidate in (eager, row))

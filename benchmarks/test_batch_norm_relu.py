@@ -3,19 +3,21 @@
     python -m pytest benchmarks/test_batch_norm_relu.py --benchmark-only
 
 bfloat16 activations, float32 parameters, channels-last. `copy` is the time that copying takes for the bytes that two
-passes must move, as fastres.roofline counts them; a cache may make the operator faster. FASTRES_BENCHMARK_BATCH=32
-makes a quick run. On a GPU the kernels alone are timed, in turn on as many sets of tensors as its cache does not hold,
-and the compiler's are those of max-autotune but for its last refinement, coordinate descent.
+passes must move, as fastres.profiling.roofline counts them; a cache may make the operator faster.
+FASTRES_BENCHMARK_BATCH=32 makes a quick run. On a GPU the kernels alone are timed, in turn on as many sets of tensors
+as its cache does not hold, and the compiler's are those of max-autotune but for its last refinement, coordinate
+descent.
 """
 
 import os
 
 import pytest
 import torch
-from interleave import interleave, kernels_alone, sets_beyond_cache
+from timing import kernels_alone, sets_beyond_cache
 
 from fastres.ops import batch_norm_relu
 from fastres.ops.batch_norm_relu import reference
+from fastres.profiling.measure import interleave
 
 BATCH = int(os.environ.get("FASTRES_BENCHMARK_BATCH", "128"))
 ROUNDS = 9

@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from interleave import interleave
 
 from fastres.config import TrainConfig
 from fastres.data.datasets import folder, synthetic
-from fastres.training.measure import planned_loader
+from fastres.profiling.measure import interleave, planned_loader
 
 BATCH = 128
 IMAGES = 390 * BATCH  # an epoch of CIFAR-10

@@ -1,10 +1,11 @@
 """Images a second of the studies' four models, fastres' defaults against plain PyTorch: the forward pass, a training
-step, and training with the loader; and how long the first step takes that compiles.
+step, and training with the loader; and the seconds of the first step of a compiled model.
 
     python -m pytest benchmarks/test_training.py --benchmark-only
 
-`eager` is float32 in NCHW, with PyTorch's own modules and a DataLoader. FASTRES_BENCHMARK_BATCH sets the batch size:
-128 on a GPU unless it is given, 32 on a CPU, where ResNet-18 stands for the others in compiling the training step.
+`eager` is float32 in NCHW, with PyTorch's own modules, a DataLoader and the profile's plain loop.
+FASTRES_BENCHMARK_BATCH sets the batch size: 128 on a GPU unless it is given, 32 on a CPU, where ResNet-18 stands for
+the others in compiling the training step.
 """
 
 import os
@@ -15,15 +16,22 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from interleave import interleave
 
 from fastres.config import TrainConfig
 from fastres.data.datasets import synthetic
 from fastres.models import create_model
-from fastres.training.baseline import EAGER, StudyLoop
+from fastres.profiling.measure import (
+    EAGER,
+    ContinuingLoader,
+    RepeatedBatch,
+    create_trainer,
+    first_batch,
+    interleave,
+    planned_loader,
+    train,
+)
 from fastres.training.hardware import resolve, steps_per_epoch
-from fastres.training.measure import Resident, Window, first_batch, planned_loader, train
-from fastres.training.trainer import AMP_DTYPES, Trainer, compiled
+from fastres.training.trainer import AMP_DTYPES, compiled
 
 MODELS = ("resnet18", "resnet50", "vgg16", "vgg19_bn_4096")
 ON_GPU = torch.cuda.is_available()
@@ -41,14 +49,6 @@ def settings(model, dataset):
     """What fastres.train chooses by default for an epoch of CIFAR-10's length, and the settings of plain PyTorch."""
     fastres, _ = resolve(TrainConfig(model=model, batch_size=BATCH), dataset)
     return {"fastres": fastres, "eager": replace(fastres, **EAGER)}
-
-
-def make_engine(config, dataset):
-    torch.manual_seed(config.seed)
-    model = create_model(config.model, 10, config.zero_gamma, config.fused)
-    if not config.fused:
-        return StudyLoop(model, config, torch.device(config.device))
-    return Trainer(model, config, torch.device(config.device), 10, steps_per_epoch(config, len(dataset.train)))
 
 
 def seconds_of_a_step(candidates):
@@ -83,16 +83,20 @@ def test_forward(report, model, dataset):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", ["step", "epoch"])
 def test_training(report, name, model, dataset):
-    """A step on a batch that is already on the device, and as in an epoch, with the loader of each engine."""
+    """A step on a batch that is already on the device, and as in an epoch, from each candidate's loader."""
     configs = settings(model, dataset)
     batch, numbers = first_batch(configs["fastres"], dataset), count()
 
     def training(config):
-        engine, steps = make_engine(config, dataset), steps_per_epoch(config, len(dataset.train))
+        trainer = create_trainer(config, dataset, plain=not config.fused)
         if config.fused:
-            engine.warm_up()
-        loader = Resident(batch, STEPS) if name == "step" else Window(planned_loader(config, dataset, steps), STEPS)
-        return lambda: train(engine, loader, next(numbers))
+            trainer.warm_up(evaluation=False)
+        if name == "step":
+            loader = RepeatedBatch(batch, STEPS)
+        else:
+            steps = steps_per_epoch(config, len(dataset.train))
+            loader = ContinuingLoader(planned_loader(config, dataset, steps), STEPS)
+        return lambda: train(trainer, loader, next(numbers))
 
     candidates = {name: training(config) for name, config in configs.items()}
     report(name, model, BATCH, configs["fastres"].device, seconds_of_a_step(candidates))
@@ -104,7 +108,7 @@ def test_compile(report, model, dataset, monkeypatch):
     monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
     torch.compiler.reset()
     config = replace(settings(model, dataset)["fastres"], compile=True)
-    engine, step = make_engine(config, dataset), Resident(first_batch(config, dataset), 1)
+    trainer, step = create_trainer(config, dataset), RepeatedBatch(first_batch(config, dataset), 1)
     start = time.perf_counter()
-    train(engine, step)
+    train(trainer, step)
     report("first compiled step", model, None, config.device, {"fastres": np.array([time.perf_counter() - start])})

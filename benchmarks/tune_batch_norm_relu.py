@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from interleave import interleave, kernels_alone, sets_beyond_cache
+from timing import kernels_alone, sets_beyond_cache
 
 from fastres.ops.batch_norm_relu import triton_kernels
+from fastres.profiling.measure import interleave
 
 BATCH = int(os.environ.get("FASTRES_BENCHMARK_BATCH", "128"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

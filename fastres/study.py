@@ -28,14 +28,13 @@ from fastres.fields import as_arguments, check_fields, flag
 from fastres.files import claimed, read_json, write_json
 from fastres.flags import STOP_WITH_STDIN, Parser, add_flags, open_console, run_command
 from fastres.models import create_model
+from fastres.profiling.measure import EAGER, ContinuingLoader, train
+from fastres.profiling.roofline import forward_macs
 from fastres.report.results import read_summary
 from fastres.report.study import write_report
-from fastres.roofline import forward_macs
 from fastres.studies import RunDefinition, Study, list_studies, load_study
 from fastres.training import distributed
-from fastres.training.baseline import EAGER
 from fastres.training.hardware import resolve, tune_libraries
-from fastres.training.measure import Window, train
 from fastres.training.run import Run
 from fastres.training.start import RESUMABLE, choose_dataset, read_saved
 
@@ -388,7 +387,7 @@ def measure(run: PlannedRun) -> float:
     tune_libraries(config.device)
     trial = Run(config, replace(run.dataset, train=run.dataset.train.take(few)))
     trial.trainer.warm_up()
-    epoch = train(trial.trainer, Window(trial.train_loader, MEASURED_STEPS))
+    epoch = train(trial.trainer, ContinuingLoader(trial.train_loader, MEASURED_STEPS))
     return epoch.images / epoch.seconds
 
 

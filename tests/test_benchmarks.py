@@ -18,6 +18,7 @@ from fastres.config import DATASET_DEFAULTS, TrainConfig, over_recipe
 from fastres.data.datasets import synthetic
 from fastres.fields import as_json
 from fastres.flags import Parser, add_flags
+from fastres.profiling.measure import interleave
 from fastres.report.study import write_report
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ def script(name):
 
 
 sys.path.append(str(ROOT / "benchmarks"))  # as pytest does for what is there
-render, keep_run, interleave = script("render"), script("keep_run"), script("interleave")
+render, keep_run, timing = script("render"), script("keep_run"), script("timing")
 RESULTS = ROOT / "benchmarks/results"
 
 VERSIONS = {"torch": "2.11.0"}
@@ -62,7 +63,7 @@ def profile(date, median):
             "limit_epoch_seconds": 1.0,
             "limit_images_per_second": 50_000.0,
             "loader_alone_images_per_second": {"dali": 100_000.0},
-            "variants": [row],
+            "candidates": [row],
             "model_alone": row,
             "versions": VERSIONS,
             "commit": "0123456789abcdef-dirty",
@@ -158,7 +159,7 @@ def test_each_batch_size_is_shown():
 
 def test_candidates_take_turns_in_random_order():
     calls = []
-    seconds = interleave.interleave({name: partial(calls.append, name) for name in "abcd"}, 6)
+    seconds = interleave({name: partial(calls.append, name) for name in "abcd"}, 6)
     assert calls[:4] == list("abcd")  # to warm up
     rounds = [calls[start : start + 4] for start in range(4, 28, 4)]
     assert all(sorted(names) == list("abcd") for names in rounds)
@@ -168,7 +169,7 @@ def test_candidates_take_turns_in_random_order():
 
 def test_rows_are_medians_and_times_as_long_as_the_first_candidate():
     seconds = {"fused": np.array([1.0, 1.0, 2.0]), "eager": np.array([2.0, 3.0, 8.0])}
-    fused, eager = interleave.rows_of("operator", "64x32x32 forward plain", 128, "Some CPU", seconds)
+    fused, eager = timing.rows_of("operator", "64x32x32 forward plain", 128, "Some CPU", seconds)
     assert [eager[name] for name in ("candidate", "seconds", "p20", "p80")] == ["eager", 3.0, 2.4, 6.0]
     assert [row["times_as_long"] for row in (fused, eager)] == [1.0, 3.0]
 
@@ -222,7 +223,7 @@ def test_tests_and_benchmarks_are_collected_apart(arguments, folder, file):
     found = {Path(line.split(":")[0]) for line in printed.splitlines() if ".py:" in line}
     assert {path.parts[0] for path in found} == {folder}
     assert Path(folder, file) in found
-    assert ("tests" in imported, "interleave" in imported) == (folder == "tests", folder == "benchmarks")
+    assert ("tests" in imported, "timing" in imported) == (folder == "tests", folder == "benchmarks")
 
 
 def test_benchmark_only_shows_a_table_and_keeps_it_for_the_readme(tmp_path):
@@ -265,7 +266,7 @@ def test_loaders_are_measured_in_images_a_second(monkeypatch):
     monkeypatch.setattr(module, "IMAGES", 256)
     monkeypatch.setattr(module, "ROUNDS", 1)
     module.test_loader(lambda *found: measured.append(found), synthetic(256), "cpu")
-    dali, eager = interleave.rows_of(*measured[0])
+    dali, eager = timing.rows_of(*measured[0])
     assert (dali["candidate"], dali["images"], eager["candidate"]) == ("dali", 256, "eager")
     assert eager["times_as_long"] == pytest.approx(eager["seconds"] / dali["seconds"])
 

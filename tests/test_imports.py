@@ -14,7 +14,7 @@ LAYERS = (  # from the bottom; a module may import from its own layer and from t
     ("data", "models"),
     ("training.schedule", "training.optimizer", "training.memory", "training.distributed", "training.history"),
     ("config", "flags", "studies"),
-    ("training", "profiling", "roofline"),
+    ("training", "profiling"),
     ("report", "trained"),
     ("train", "study", "profile"),
     ("__main__",),

@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastres import profile, roofline
+from fastres import profile
 from fastres.config import TrainConfig
 from fastres.models import create_model
 from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
-from fastres.report.profile import advice, profile_table
-from fastres.roofline import Machine, limit_seconds, step_kernels
-from fastres.training.baseline import StudyLoop
-from fastres.training.measure import Variant
+from fastres.profiling import roofline
+from fastres.profiling.measure import Candidate, PlainTrainer
+from fastres.profiling.roofline import Machine, limit_seconds, step_kernels
+from fastres.report.profile import advice, plot_profile, profile_table
 from fastres.training.trainer import Trainer
 from tests.conftest import CommandLine
 
@@ -48,24 +48,26 @@ def test_profiles_every_step_on_the_way(command_line, flags, tmp_path):
     assert command_line(*flags, "--rounds", 2, "--trace") == 0
     folder = tmp_path / "profile"
     result = json.loads((folder / "profile.json").read_text())
-    assert [row["name"] for row in result["variants"]] == NAMES
-    engines = [row["engine"] for row in result["variants"]]
+    assert [row["name"] for row in result["candidates"]] == NAMES
+    engines = [row["engine"] for row in result["candidates"]]
     for before, after in pairwise(engines[:-1]):
         assert sum(before[name] != after[name] for name in before) == 1
     assert engines[-1] == engines[-2]
     assert any("+ compile" in line for line in result["left_out"])
 
     assert result["images_per_epoch"] == 20
-    for row in [*result["variants"], result["model_alone"]]:
+    for row in [*result["candidates"], result["model_alone"]]:
         seconds = row["epoch_seconds"]
         assert len(seconds["rounds"]) == result["rounds"]
         assert 0 < seconds["p20"] <= seconds["median"] <= seconds["p80"]
         assert row["images_per_second"] == pytest.approx(20 / seconds["median"])
         assert row["limit_share"] == pytest.approx(result["limit_epoch_seconds"] / seconds["median"])
-        assert row["times_eager"] == pytest.approx(result["variants"][0]["epoch_seconds"]["median"] / seconds["median"])
+        assert row["times_eager"] == pytest.approx(
+            result["candidates"][0]["epoch_seconds"]["median"] / seconds["median"]
+        )
         assert 0 <= row["data_wait_fraction"] < 1
     weights = 4 * sum(parameter.numel() for parameter in create_model("vgg11", 10).parameters()) / 2**20
-    for row in result["variants"]:
+    for row in result["candidates"]:
         assert 3 * weights < row["peak_memory_mb"] < 5 * weights  # they, momentum, gradients, and little at batch 4
     assert set(result["loader_alone_images_per_second"]) == {"eager", "dali"}
 
@@ -83,6 +85,26 @@ def test_profiles_every_step_on_the_way(command_line, flags, tmp_path):
     assert (folder / "profile.png").read_bytes().startswith(b"\x89PNG")
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     assert any("convolution" in event.get("name", "") for event in events)
+
+
+def test_an_interrupted_profile_keeps_the_rounds_that_were_finished(
+    command_line, flags, tiny_vgg11, monkeypatch, tmp_path
+):
+    measure = Candidate.measure
+
+    def interrupted(candidate, number, steps_of_epoch):
+        if number == 2:
+            raise KeyboardInterrupt
+        measure(candidate, number, steps_of_epoch)
+
+    monkeypatch.setattr(Candidate, "measure", interrupted)
+    assert command_line(*flags, "--seconds", 1000, "--rounds", 3) == 130
+    assert "interrupted; profile.json holds the finished rounds" in command_line.err
+    result = json.loads((tmp_path / "profile/profile.json").read_text())
+    assert result["rounds"] == 2
+    assert {len(row["epoch_seconds"]["rounds"]) for row in result["candidates"]} == {2}
+    assert "2 interleaved rounds of" in profile_table(result)
+    assert plot_profile(tmp_path / "profile").exists()
 
 
 def test_profiles_a_dataset_of_files(command_line, flags, image_folder):
@@ -103,11 +125,11 @@ def test_settings_and_dataset_are_those_of_the_flags(image_folder, tmp_path):
 
 
 def test_figures_are_of_the_median_round():
-    eager, variant = (
-        Variant(name, TrainConfig(), None, epoch_seconds=seconds, wait_seconds=[0.5, 0.5])
+    eager, fastres = (
+        Candidate(name, TrainConfig(), None, epoch_seconds=seconds, wait_seconds=[0.5, 0.5])
         for name, seconds in (("eager", [8.0, 8.0]), ("fastres", [1.0, 3.0]))
     )
-    row = profile.row(variant, images=100, limit=0.5, eager=eager)
+    row = profile.row(fastres, images=100, limit=0.5, eager=eager)
     assert (row["images_per_second"], row["times_eager"], row["limit_share"]) == (50, 4, 0.25)
     assert row["data_wait_fraction"] == 0.25
     seconds = row["epoch_seconds"]
@@ -120,7 +142,7 @@ def test_the_table_has_every_figure():
     }  # fmt: skip
     result = {
         "model": "vgg16", "dataset": "synthetic", "images_per_epoch": 100, "batch_size": 4, "augmentation": "none",
-        "device": "Some CPU", "rounds": 5, "steps_per_round": 2, "steps_per_epoch": 25, "variants": [row],
+        "device": "Some CPU", "rounds": 5, "steps_per_round": 2, "steps_per_epoch": 25, "candidates": [row],
         "model_alone": row | {"name": "model alone"}, "loader_alone_images_per_second": {"dali": 1000.0},
         "limit_epoch_seconds": 0.5, "limit_images_per_second": 200.0,
     }  # fmt: skip
@@ -144,7 +166,7 @@ def test_without_dali_and_bf16_those_steps_are_left_out(command_line, flags, mon
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     assert command_line(*flags) == 0
     result = json.loads((tmp_path / "profile/profile.json").read_text())
-    assert [row["name"] for row in result["variants"]] == ["eager", "+ channels-last", "+ fused operator", "fastres"]
+    assert [row["name"] for row in result["candidates"]] == ["eager", "+ channels-last", "+ fused operator", "fastres"]
     assert "left out: + AMP (" in command_line.out
     assert "left out: + DALI loader (" in command_line.out
 
@@ -162,8 +184,8 @@ def test_without_dali_and_bf16_those_steps_are_left_out(command_line, flags, mon
         (["--images", "0"], "--images 0: must be at least 1"),
         (["--rounds", "0"], "--rounds 0: must be at least 1"),
         (["--rounds", "few"], "--rounds: invalid int value: 'few'"),
-        (["--seconds", "-1"], "--seconds -1.0: must be positive"),
-        (["--seconds", "nan"], "--seconds nan: must be positive"),
+        (["--seconds", "-1"], "--seconds -1: must be above 0"),
+        (["--seconds", "nan"], "--seconds nan: must be above 0"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
     ],
 )
@@ -185,16 +207,16 @@ def test_a_folder_that_holds_another_profile_is_left_as_it_is(command_line, flag
 def test_the_rival_is_the_compiled_model_without_the_operator():
     config = profile.ProfileConfig(model="vgg11", images=20, batch_size=4, device="cpu", compile_variant=True)
     defaults, dataset, _ = profile.prepare(config)
-    variants, left_out = profile.build_variants(config, defaults, dataset, torch.device("cpu"))
-    assert [variant.name for variant in variants][-3:] == ["+ compile", "compile, not fused", "fastres"]
-    rival, fastres = variants[-2:]
+    candidates, left_out = profile.build_candidates(config, defaults, dataset)
+    assert [candidate.name for candidate in candidates][-3:] == ["+ compile", "compile, not fused", "fastres"]
+    rival, fastres = candidates[-2:]
     assert rival.config == replace(defaults, fused=False, compile=True)
     assert fastres.config == defaults
-    assert type(variants[0].engine) is StudyLoop
-    assert type(rival.engine) is type(fastres.engine) is Trainer
-    for variant in variants:
-        norms = {type(module) for module in variant.engine.model.modules() if isinstance(module, nn.BatchNorm2d)}
-        assert norms == {BatchNormReLU2d if variant.config.fused else EagerBatchNormReLU2d}
+    assert type(candidates[0].trainer) is PlainTrainer
+    assert type(rival.trainer) is type(fastres.trainer) is Trainer
+    for candidate in candidates:
+        norms = {type(module) for module in candidate.trainer.model.modules() if isinstance(module, nn.BatchNorm2d)}
+        assert norms == {BatchNormReLU2d if candidate.config.fused else EagerBatchNormReLU2d}
     assert not any("compile" in line for line in left_out)
 
 
@@ -203,9 +225,9 @@ def test_without_its_kernels_the_operator_is_left_out(monkeypatch):
     config = profile.ProfileConfig(model="vgg11", images=20, batch_size=4, device="cpu")
     defaults, dataset, why = profile.prepare(config)
     assert "fused off (the C++ extension is not built)" in why
-    variants, left_out = profile.build_variants(config, defaults, dataset, torch.device("cpu"))
+    candidates, left_out = profile.build_candidates(config, defaults, dataset)
     assert "+ fused operator (its kernels are missing)" in left_out
-    assert not any(variant.config.fused for variant in variants)
+    assert not any(candidate.config.fused for candidate in candidates)
 
 
 def measured(name, seconds, wait=0.0, **engine):
@@ -261,6 +283,6 @@ def measured(name, seconds, wait=0.0, **engine):
 def test_advice(rows, expected):
     alone = measured("model alone", 1.5)
     rates = {"dali": 1000.0, "eager": 10.0}
-    line = advice({"variants": rows, "model_alone": alone, "loader_alone_images_per_second": rates})
+    line = advice({"candidates": rows, "model_alone": alone, "loader_alone_images_per_second": rates})
     assert re.match(expected, line)
     assert "\n" not in line

@@ -154,8 +154,8 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
 
-    def warm_up(self) -> float:
-        """Runs training steps and an evaluation on noise, which compile, capture, and let libraries choose kernels.
+    def warm_up(self, evaluation: bool = True) -> float:
+        """Runs training steps and an ``evaluation`` on noise, which compile, capture, and let libraries choose kernels.
 
         Weights, statistics, optimizer and random state are restored. Returns the seconds that it took.
         """
@@ -165,8 +165,9 @@ class Trainer:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             with explain_out_of_memory("--batch-size", self.config.batch_size):
                 self._warm_up(self.config.batch_size, training=True)
-            with explain_out_of_memory("--eval-batch-size", self.config.eval_batch_size):
-                self._warm_up(self.config.eval_batch_size, training=False)
+            if evaluation:
+                with explain_out_of_memory("--eval-batch-size", self.config.eval_batch_size):
+                    self._warm_up(self.config.eval_batch_size, training=False)
         for tensor, value in zip(tensors, values, strict=True):
             tensor.copy_(value)  # in place, at the address that a graph uses
         self.scaler.load_state_dict(scaler)

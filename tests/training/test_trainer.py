@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from fastres.config import TrainConfig
 from fastres.errors import RunError
 from fastres.models import create_model
+from fastres.profiling.measure import PlainTrainer
 from fastres.training import trainer as trainer_module
-from fastres.training.baseline import StudyLoop
 from fastres.training.optimizer import state_tensors
 from fastres.training.schedule import lr_factor
 from fastres.training.trainer import Epoch, Trainer, explain_out_of_memory
@@ -109,7 +109,7 @@ def test_seconds_are_those_of_training_and_the_wait_is_a_part_of_them():
     start = time.perf_counter()
     result = train_epoch(trainer, batches, after_step=lambda: time.sleep(0.1))
     assert 0.06 <= result.data_wait_seconds <= result.seconds <= time.perf_counter() - start - 0.3
-    eager = StudyLoop(small_model(), trainer.config, trainer.device)
+    eager = PlainTrainer(small_model(), trainer.config, trainer.device)
     result = Epoch.begin(0, eager.device)
     eager.train_epoch(batches, result)
     assert 0.06 <= result.data_wait_seconds <= result.seconds
@@ -214,7 +214,7 @@ def test_every_step_has_its_rate_of_the_schedule(schedule, options):
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-@pytest.mark.parametrize("loop", [Trainer, StudyLoop])
+@pytest.mark.parametrize("loop", [Trainer, PlainTrainer])
 def test_precision_and_layout_reach_the_model(loop, amp, channels_last):
     class Probe(nn.Module):
         def __init__(self):
@@ -227,8 +227,8 @@ def test_precision_and_layout_reach_the_model(loop, amp, channels_last):
 
     batches = random_batches([4])
     trainer = make_trainer(batches, Probe(), amp=amp, channels_last=channels_last)
-    if loop is StudyLoop:
-        trainer = StudyLoop(trainer.model, trainer.config, trainer.device)
+    if loop is PlainTrainer:
+        trainer = PlainTrainer(trainer.model, trainer.config, trainer.device)
     trainer.train_epoch(batches, Epoch.begin(0, trainer.device))
     out = trainer.model.out
     assert out.dtype == (torch.bfloat16 if amp == "bf16" else torch.float32)

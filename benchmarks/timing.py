@@ -1,6 +1,5 @@
-"""Timing candidates against each other on a machine that is not quiet."""
+"""What candidates run on, and the rows of their results."""
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,27 +15,6 @@ GPU_BYTES = 2**30  # many times what a GPU's cache holds, and so much that its s
 def sets_beyond_cache(tensor_bytes: int) -> int:
     """How many tensors of that size to take in turn, so that none is found in a GPU's cache; 1 where there is none."""
     return max(1, GPU_BYTES // tensor_bytes) if torch.cuda.is_available() else 1
-
-
-def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each candidate in each round, `[rounds]`; a round runs every candidate once, in random order.
-
-    Whatever else the machine does then slows all of them alike, and so does what the one before left in the
-    caches. Each runs once beforehand, to warm up. A GPU is waited for on both sides of a measurement.
-    """
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    for run in candidates.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    rng = np.random.default_rng(0)
-    for _ in range(rounds):
-        for name in rng.permutation(list(candidates)):
-            wait()
-            start = time.perf_counter()
-            candidates[name]()
-            wait()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(values) for name, values in seconds.items()}
 
 
 def kernels_alone(run: Callable[[], object], pool: object = None) -> Callable[[], object]:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastres import roofline
 from fastres.models import create_model, list_models
 from fastres.nn import BatchNormReLU2d
-from fastres.roofline import Kernel, Machine, forward_macs, limit_seconds, measure_machine, step_kernels
+from fastres.profiling import roofline
+from fastres.profiling.roofline import Kernel, Machine, forward_macs, limit_seconds, measure_machine, step_kernels
 
 
 def on_meta(name, **options):
@@ -81,25 +81,37 @@ def test_counting_leaves_no_hook_behind():
 
 
 def test_machine_rates_count_both_operations_and_both_directions(monkeypatch):
-    monkeypatch.setattr(roofline, "_best_seconds", lambda function, device: 0.5)
+    monkeypatch.setattr(roofline, "_best_seconds", lambda run, device: 0.5)
     monkeypatch.setattr(roofline, "COPY_BYTES", 2**22)
     monkeypatch.setitem(roofline.MATRIX_SIZE, "cpu", 128)
     assert measure_machine(torch.device("cpu"), torch.float32) == Machine(2 * 2 * 128**3, 2 * 2 * 2**22)
 
 
-def test_the_best_of_several_measurements_counts(monkeypatch):
+@pytest.mark.parametrize(("seconds", "best"), [(10.0, 0.1), (1.0, 0.3)])  # on a slow machine, of at least one
+def test_the_best_of_several_measurements_counts(seconds, best, monkeypatch):
     now, durations = [0.0], iter([9.0, 0.3, 0.1, 0.2, 0.5])  # the first to warm up
 
     def function():
         now[0] += next(durations)
 
     monkeypatch.setattr(roofline, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(roofline, "MEASURE_SECONDS", 10.0)
-    assert roofline._best_seconds(function, torch.device("cpu")) == pytest.approx(0.1)
+    monkeypatch.setattr(roofline, "MEASURE_SECONDS", seconds)
+    assert roofline._best_seconds(function, torch.device("cpu")) == pytest.approx(best)
+
+
+def test_waiting_for_a_gpu_is_a_small_part_of_a_measurement(monkeypatch):
+    now = [0.0]
+
+    def take(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(roofline, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(roofline, "_synchronize", lambda device: take(9e-6))
+    assert roofline._best_seconds(lambda: take(179e-6), torch.device("cuda")) == pytest.approx(179e-6, rel=0.01)
 
 
 def test_machine_rates_are_those_of_the_moment(monkeypatch):
-    monkeypatch.setattr(roofline, "MEASURE_SECONDS", 0.05)
+    monkeypatch.setattr(roofline, "MEASURE_SECONDS", 0.5)
     monkeypatch.setattr(roofline, "COPY_BYTES", 2**22)
     monkeypatch.setitem(roofline.MATRIX_SIZE, "cpu", 128)
     machine = measure_machine(torch.device("cpu"), torch.float32)

@@ -1,0 +1,1 @@
+"""Measuring training steps and loaders, and the roofline that limits a step."""
