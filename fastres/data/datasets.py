@@ -135,9 +135,10 @@ def digits() -> Dataset:
     raw = load_digits()
     grey = [Image.fromarray(image) for image in np.round(raw.images * (255 / 16)).astype(np.uint8)]
     resized = [np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)) for image in grey]
-    whole = Split(np.repeat(np.stack(resized)[..., None], 3, axis=-1), raw.target.astype(np.int64))
+    images = np.repeat(np.stack(resized)[..., None], 3, axis=-1)
+    whole = Split(images, raw.target.astype(np.int64))
     train, test = train_test_split(np.arange(len(whole)), test_size=360, stratify=raw.target, random_state=0)
-    pixels = whole.images[train, ..., 0] / 255
+    pixels = images[train, ..., 0] / 255
     return Dataset(
         name="digits",
         classes=tuple(str(digit) for digit in range(10)),
