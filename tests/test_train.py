@@ -1,6 +1,5 @@
 """The command line, on real files: what a run prints, and one clear line with exit code 2 for whatever is wrong."""
 
-import io
 import itertools
 import json
 import re
@@ -14,13 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from fastres import train
 from fastres.config import TrainConfig, over_recipe
 from fastres.data.datasets import synthetic
 from fastres.fields import as_json, read_table
-from fastres.train import catch_signals, tracked
+from fastres.train import catch_signals
 from fastres.training.start import choose_dataset
 from fastres.training.trainer import Trainer
 
@@ -198,14 +196,6 @@ def test_bad_images_are_left_out_and_counted(command_line, flags, image_folder, 
     assert command_line("--eval", tmp_path / "run") == 0
 
 
-def test_progress_of_the_check_is_shown_on_a_terminal_alone():
-    for terminal in (True, False):
-        written = io.StringIO()
-        track = tracked(Console(file=written, force_terminal=terminal))
-        assert list(track(iter("abc"), 3)) == ["a", "b", "c"]
-        assert ("checking images" in written.getvalue()) == terminal
-
-
 def test_wrong_checksum(command_line, tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10.url", "http://127.0.0.1:9/cifar-10-python.tar.gz")  # unreachable
     base = tmp_path / "cifar-10-batches-py"
@@ -376,7 +366,7 @@ def test_ctrl_c_before_training(command_line, flags, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastres.train.load_dataset", interrupted)
+    monkeypatch.setattr("fastres.training.start.load_dataset", interrupted)
     assert command_line(*flags) == 130
     assert command_line.err == "python -m fastres.train: interrupted\n"
 

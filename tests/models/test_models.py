@@ -157,7 +157,7 @@ def test_every_model_gives_logits():
 
 
 def test_what_cannot_be_made():
-    with pytest.raises(UserError, match="--model resnet17: unknown; there are resnet18"):
+    with pytest.raises(UserError, match="--model resnet17: unknown; choose from resnet18, resnet34"):
         create_model("resnet17", 10)
     with pytest.raises(UserError, match="--zero-gamma: vgg16 has no residual blocks"):
         create_model("vgg16", 10, zero_gamma=True)
