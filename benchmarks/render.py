@@ -1,9 +1,9 @@
-"""make results: renders the README's tables from the measured files, so that no figure in it is typed by hand.
+"""make results: renders the tables of README and docs from the measured files, so that no figure is typed by hand.
 
-    python benchmarks/render.py [README] [RESULTS]
+    python benchmarks/render.py [RESULTS [DOCUMENT...]]
 
-A table NAME replaces what stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``. Of several files
-that measured the same thing on the same machine, the newest counts.
+A table NAME of a document replaces what stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``. Of
+several files that measured the same thing on the same machine, the newest counts.
 """
 
 import json
@@ -22,20 +22,25 @@ from fastres.files import read_json
 from fastres.report.results import one_of_each_model, read_results
 from fastres.report.study import as_markdown, scale_line, table
 
+DOCUMENTS = ("README.md", "docs/measurements.md")
 Content = dict[str, Any]
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, or 2 with one line where a file is missing or damaged, or the README has no place for a table."""
-    readme = Path(arguments[0] if arguments else "README.md")
-    results = Path(arguments[1] if len(arguments) > 1 else "benchmarks/results")
+    """Returns 0, or 2 with one line if a file is missing or damaged, or a document has no place for a table."""
+    results = Path(arguments[0] if arguments else "benchmarks/results")
+    documents = {Path(name): "" for name in arguments[1:] or DOCUMENTS}
     try:
-        text = readme.read_text(encoding="utf-8")
-        if not re.search(r"<!-- results:\w+ -->", text):
-            raise UserError(f"{readme} has no <!-- results:NAME --> to fill")
-        contents = [{**read_json(path), "folder": path.parent} for path in sorted(results.rglob("*.json"))]
+        for path in documents:
+            documents[path] = path.read_text(encoding="utf-8")
+            if not re.search(r"<!-- results:\w+ -->", documents[path]):
+                raise UserError(f"{path} has no <!-- results:NAME --> to fill")
+        contents = [
+            {**read_json(path), "folder": path.parent, "file": path.stem} for path in sorted(results.rglob("*.json"))
+        ]
         contents += [read_benchmarks(path) for path in sorted(results.rglob("bench-*.csv"))]
-        readme.write_text(render(text, contents), encoding="utf-8")
+        for path, text in documents.items():
+            path.write_text(render(text, contents), encoding="utf-8")
     except (OSError, UserError) as error:
         print(f"render: error: {error}", file=sys.stderr)
         return 2
@@ -96,11 +101,11 @@ def profile_table(profile: Content) -> str:
 
 
 def training_table(contents: list[Content]) -> str:
-    """Whole runs, each with its command; best is best on the test set."""
-    runs = [content for content in contents if "data" in content]
+    """Whole runs, and then the command of each; best is best on the test set."""
+    runs = sorted((content for content in contents if "data" in content), key=lambda run: run["file"])
     rows = [
         [
-            f"`{run['command']}`",
+            _name(run),
             run["data"],
             f"{run['best_accuracy']:.2f} / {run['last_accuracy']:.2f} %",
             f"{run['epoch_seconds']:,.1f}",
@@ -108,10 +113,34 @@ def training_table(contents: list[Content]) -> str:
             f"{100 * run['data_wait_fraction']:.1f} %",
             f"{run['device']}, {_provenance(run)}",
         ]
-        for run in sorted(runs, key=lambda run: run["command"].split("python", 1)[1])
+        for run in runs
     ]
-    head = ["command", "data", "best / last test accuracy", "s/epoch", "images/s", "data wait", "measured"]
-    return table(head, rows)
+    head = ["run", "data", "best / last test accuracy", "s/epoch", "images/s", "data wait", "measured"]
+    commands = "\n".join(f"* {_name(run)}: `{run['command']}`" for run in runs)
+    return f"{table(head, rows)}\n\n{commands}"
+
+
+def front_table(contents: list[Content]) -> str:
+    """The most accurate run of each network on the whole of its data, and the speed-up of a training step."""
+    times = {row["case"]: eager["times_as_long"] for row, eager in _newest(contents, "step", "fastres", "eager")}
+    best: dict[tuple[str, str], Content] = {}
+    for run in (content for content in contents if "data" in content and content["config"]["train_fraction"] == 1):
+        key = run["config"]["model"], run["data"]
+        best[key] = max(run, best.get(key, run), key=lambda run: run["last_accuracy"])
+    rows = [
+        [
+            f"`{model}`, {data}",
+            f"{run['last_accuracy']:.2f} ({run['best_accuracy']:.2f}) after {run['config']['epochs']}, n = 1",
+            f"{run['epoch_seconds']:,.1f}",
+            f"{times[model]:.2f}" if model in times else "",
+        ]
+        for (model, data), run in sorted(best.items())
+    ]
+    measured = sorted(
+        {f"{run['device']}, {run['date'][:10]}, torch {run['versions']['torch']}" for run in best.values()}
+    )
+    head = ["network, data", "test accuracy, % at the last epoch (best), epochs", "s/epoch", "step, x eager"]
+    return f"{table(head, rows)}\n\n*{'; '.join(measured)}.*"
 
 
 def loader_table(contents: list[Content]) -> str:
@@ -188,6 +217,7 @@ def study_table(contents: list[Content]) -> str:
 
 TABLES: dict[str, Callable[[list[Content]], str]] = {
     "profile": profile_tables,
+    "front": front_table,
     "training": training_table,
     "loaders": loader_table,
     "forward": forward_table,
@@ -212,6 +242,11 @@ def _newest(contents: list[Content], benchmark: str, *candidates: str) -> Iterat
 
 def _model(row: Content) -> list[str]:
     return [row["device"], f"`{row['case']}`", f"{row['images']:.0f}"]
+
+
+def _name(run: Content) -> str:
+    """A run's name: its file's, without the date."""
+    return f"`{re.sub(r'-[0-9-]{10}$', '', run['file']).removeprefix('train-')}`"
 
 
 def _rate(row: Content) -> str:

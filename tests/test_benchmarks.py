@@ -277,7 +277,7 @@ def test_loaders_are_measured_in_images_a_second(monkeypatch):
 def test_a_readme_without_a_place_is_an_error(text, message, tmp_path, capsys):
     if text:
         (tmp_path / "README.md").write_text(text)
-    assert render.main([str(tmp_path / "README.md"), str(tmp_path)]) == 2
+    assert render.main([str(tmp_path), str(tmp_path / "README.md")]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -287,7 +287,7 @@ def test_a_readme_without_a_place_is_an_error(text, message, tmp_path, capsys):
 def test_a_damaged_table_of_benchmarks_is_an_error(content, tmp_path, capsys):
     (tmp_path / "README.md").write_text(readme("steps"))
     (tmp_path / "bench-x.csv").write_text(content)
-    assert render.main([str(tmp_path / "README.md"), str(tmp_path)]) == 2
+    assert render.main([str(tmp_path), str(tmp_path / "README.md")]) == 2
     assert "bench-x.csv: not readable as a table of benchmarks" in capsys.readouterr().err
     assert (tmp_path / "README.md").read_text() == readme("steps")
 
@@ -362,9 +362,25 @@ def test_runs_are_kept_and_shown_with_their_command(between, tmp_path):
     )
     run = keep_run.kept(tmp_path)
     assert run["config"] == {"data_dir": None, "output_dir": None, "lr": 1.0, "amp": "off"}
-    command = "python -m fastres.train --data-dir DIR --lr 1"
-    shown = f"| `{command}` | digits | 90.33 / 89.50 % | 48.4 | 310 | 0.3 % | Some CPU, 2026-01-02, "
-    assert shown in render.render(readme("training"), [run])
+    text = render.render(readme("training"), [run | {"file": "train-mine-Some-CPU-2026-01-02"}])
+    assert "| `mine-Some-CPU` | digits | 90.33 / 89.50 % | 48.4 | 310 | 0.3 % | Some CPU, 2026-01-02, " in text
+    assert "* `mine-Some-CPU`: `python -m fastres.train --data-dir DIR --lr 1`\n" in text
+
+
+def test_the_front_page_has_the_most_accurate_run_of_each_network_on_all_of_its_data():
+    def run(accuracy, model="vgg16", fraction=1.0):
+        return {
+            "data": "digits", "config": {"model": model, "train_fraction": fraction, "epochs": 5}, "file": "x",
+            "last_accuracy": accuracy, "best_accuracy": 95.0, "epoch_seconds": 48.37, "device": "Some CPU",
+            "date": "2026-01-02", "versions": VERSIONS, "commit": "0123456789",
+        }  # fmt: skip
+
+    runs = [run(90.0), run(91.0), run(89.0), run(94.0, fraction=0.2), run(50.0, "resnet18")]
+    text = render.render(readme("front"), [*runs, benchmarks(*step(0.1, "Some CPU"))])
+    assert re.findall(r"^\| `(\w+)`, digits \| (\S+) \(95.00\) after 5, n = 1 \| 48.4 \| (\S*) \|$", text, re.M) == [
+        ("resnet18", "50.00", ""), ("vgg16", "91.00", "1.00"),
+    ]  # fmt: skip
+    assert "*Some CPU, 2026-01-02, torch " in text
 
 
 def test_every_kept_file_says_where_its_figures_come_from():
@@ -402,8 +418,10 @@ def test_a_kept_report_is_what_its_results_say(folder, tmp_path):
     assert (copy / "report.md").read_text() == (folder / "report.md").read_text()
 
 
-def test_the_readme_shows_what_is_in_the_results(tmp_path):
-    copy = tmp_path / "README.md"
-    copy.write_text((ROOT / "README.md").read_text())
-    assert render.main([str(copy), str(RESULTS)]) == 0
-    assert copy.read_text() == (ROOT / "README.md").read_text()
+def test_the_documents_show_what_is_in_the_results(tmp_path):
+    copies = {name: tmp_path / Path(name).name for name in render.DOCUMENTS}
+    for name, copy in copies.items():
+        shutil.copy(ROOT / name, copy)
+    assert render.main([str(RESULTS), *map(str, copies.values())]) == 0
+    for name, copy in copies.items():
+        assert copy.read_text() == (ROOT / name).read_text()

@@ -3,34 +3,26 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
-from fastres.models import create_model
 from fastres.studies import load_study
-from fastres.training.checkpoint import save_weights
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-
-
-def block(language, word):
-    """The code block of the README that has ``word`` in it."""
-    (found,) = (code for code in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if word in code)
-    return found
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_weights_of_a_run_can_be_used(tmp_path, monkeypatch):
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.usefixtures("tiny_vgg11")
+def test_the_python_works_as_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "runs/RUN"
-    folder.mkdir(parents=True)
-    save_weights(create_model("resnet18", 10), folder / "best.safetensors")
     names = {}
-    exec(block("python", "load_weights"), names)
-    assert names["logits"].shape == (1, 10)
-
-
-def test_the_operator_can_be_used_in_a_block_of_ones_own():
-    names = {}
-    exec(block("python", "BatchNormReLU2d"), names)
+    for code in blocks("python"):
+        exec(code, names)
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-2:] == ["torch.Size([50, 3, 32, 32]) torch.Size([50])"] * 2
     x = torch.randn(2, 8, 6, 6)
     module = names["Block"](8)
     assert module(x).shape == x.shape
@@ -39,5 +31,6 @@ def test_the_operator_can_be_used_in_a_block_of_ones_own():
 
 
 def test_a_study_of_ones_own_can_be_read(tmp_path):
-    (tmp_path / "mine.toml").write_text(block("toml", "[runs"))
+    (block,) = blocks("toml")
+    (tmp_path / "mine.toml").write_text(block)
     assert [run.name for run in load_study(str(tmp_path / "mine.toml")).runs] == ["low", "high"]
