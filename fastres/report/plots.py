@@ -1,4 +1,4 @@
-"""Pictures of what a run wrote to its folder."""
+"""The curves of a run."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fastres.report.style import number_plainly, styled
 
-MUCH = 20  # the largest loss over the smallest, from which a linear axis hides the small ones
+MUCH = 20  # from this ratio of the largest to the smallest loss on, the axis is logarithmic
 SPLITS = {"train": "tab:blue", "val": "tab:green", "test": "tab:orange"}
 
 

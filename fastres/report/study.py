@@ -128,8 +128,8 @@ def accuracy_table(results: list[Results]) -> str:
 
 
 def phase_table(study: dict[str, Any], results: list[Results]) -> str:
-    """Test accuracy of each run in each phase, scaled, that it comes to the end of: mean, sample standard deviation,
-    and change from the phase's first epoch to its last."""
+    """Test accuracy of each run in each phase, scaled, if the run reaches its end: mean, sample standard deviation, and
+    change from the phase's first epoch to its last."""
     rows = []
     for result in results:
         for phase in study.get("phases", []):
@@ -207,20 +207,20 @@ def rate(estimate: Estimate) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right. The cells are Markdown but for a |."""
+    """A Markdown table, numbers to the right. The cells are Markdown; a | in them is escaped here."""
     header, *rows = ([cell.replace("|", r"\|") for cell in cells] for cells in (header, *rows))
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def table_of(rows: Sequence[dict[str, str]]) -> str:
-    """A Markdown table of cells by column; a cell that a row lacks is empty."""
+    """A Markdown table. ``rows`` are cells by column; missing ones are empty."""
     frame = pd.DataFrame(rows).fillna("")
     return table(list(frame), frame.to_numpy().tolist())
 
 
 def as_markdown(text: str) -> str:
-    """``text`` in one line of Markdown that shows it as it is. In a table, ``table`` does the rest."""
+    """``text`` as one line of Markdown that shows it literally; ``table`` escapes the | in its cells."""
     text = re.sub(r"[\\`*\[\]#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(text.split()))
     text = re.sub(r"^(\d*)([-+.)])", r"\1\\\2", text)  # would begin a list
     return escape(text, quote=False).replace("~", "&#126;")

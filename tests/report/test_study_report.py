@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from html import unescape
 
 import markdown
 import numpy as np
@@ -469,6 +470,34 @@ def test_the_fastest_of_two_runs_of_one_label(report_of, study, tmp_path):
     report_of()
     results = [replace(result, label="the same") for result in read_results(tmp_path, study)]
     assert first_to(results, 80) == (4.0, "the same")
+
+
+def test_the_users_texts_are_shown_as_they_are(text_of, study):
+    text = "1. *a* _b_ | `c` <i>d</i> &amp; ~~e~~ [f](g) # {{ 1 + 1 }} \\"
+    runs = [run | {"label": text} for run in study["runs"]]
+    pair = ["resnet", "vgg"]
+    content = text_of(
+        title=text,
+        source=text,
+        overrides={"device": text},
+        runs=runs,
+        notes=[text],
+        phases=[{"label": text, "epochs": [1, 2]}],
+        conjectures=[{"text": text, "expect": "higher", "before": pair, "after": pair}],
+    )
+    page = markdown.markdown(content, extensions=["tables"])
+    shown = [unescape(re.sub("<[^>]*>", "", line)) for line in page.splitlines()]
+    for line in (
+        text,  # the title, a note, cells of tables
+        f"Full scale; changed on the command line: device {text}",
+        f"Conjecture: {text}. No: {text} minus {text} is -6.00 ± 1.00 points of best accuracy; "
+        "the study measured -8.37.",
+        f"90 % is reached first by {text}, after 8.0 s of training.",
+    ):
+        assert line in shown
+    assert any(line.endswith(f"Published figures: {text}.") for line in shown)
+    cells = 2 * 4  # two runs in the tables of accuracy and time, and twice in that of phases
+    assert shown.count(text) == 1 + 1 + cells
 
 
 def test_a_run_that_is_not_there(report_of, tmp_path):
