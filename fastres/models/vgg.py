@@ -19,9 +19,9 @@ CONVOLUTIONS = {  # by depth: at each of five resolutions, with 64, 128, 256, 51
 
 
 class VGG(nn.Module):
-    """3x3 convolutions, each followed by BatchNorm (if ``batch_norm``) and ReLU, then ``head(num_classes)``, by default one linear layer.
+    """3x3 convolutions, each followed by BatchNorm (if ``batch_norm``) and ReLU, and the classifier.
 
-    ``bias``: the convolutions have one.
+    ``head(num_classes)`` makes the classifier, by default one linear layer. ``bias``: the convolutions have one.
     """
 
     def __init__(
