@@ -19,9 +19,10 @@ CONVOLUTIONS = {  # by depth: at each of five resolutions, with 64, 128, 256, 51
 
 
 class VGG(nn.Module):
-    """3x3 convolutions, each followed by BatchNorm (if ``batch_norm``) and ReLU, and the classifier.
+    """3x3 convolutions, each followed by BatchNorm (if ``batch_norm``) and ReLU, then ``head(num_classes)``.
 
-    ``head(num_classes)`` makes the classifier, by default one linear layer. ``bias``: the convolutions have one.
+    ``head``: by default one linear layer.
+    ``bias``: the convolutions have one.
     """
 
     def __init__(
