@@ -28,7 +28,7 @@ class Loader(Protocol):
 
 
 class PlanLoader:
-    """The arguments of DaliLoader and EagerLoader, which give the same batches of ``data`` as planned.
+    """Base of DaliLoader and EagerLoader, which take the same arguments and apply the same plan.
 
     Batches are float32 images ``[B, 3, 32, 32]``, normalised with ``mean`` and ``std``, and int64 labels ``[B]``. In a
     training loop of your own, with ``images``, uint8 ``[N, 32, 32, 3]``, and ``labels``, integers ``[N]``::

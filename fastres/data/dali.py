@@ -14,7 +14,7 @@ from fastres.data import Batch, PlanLoader
 from fastres.data.datasets import IMAGE_SIZE, Split, decode_image
 from fastres.data.plan import CUTOUT_SIZE, EpochPlan
 
-MAX_BATCHES_IN_FLIGHT = 8  # that the GPU has not finished with; bounds how far the host runs ahead
+MAX_BATCHES_IN_FLIGHT = 8  # that the GPU may still read; then the host waits
 DECODE_BATCH, DECODE_BATCH_LARGE = 512, 16  # 32x32 images; images of up to MAX_PIXELS
 
 
@@ -33,7 +33,7 @@ class DaliLoader(PlanLoader):
             self.split = Split(decode(self.split, self.workers), self.split.labels)
         self.pipeline: Pipeline | None = None
         self.upcoming = 0, 0  # epoch and batch that the pipeline gives next
-        self.in_flight: deque[tuple[torch.cuda.Event, Batch]] = deque()  # batches the GPU may still read; end events
+        self.in_flight: deque[tuple[torch.cuda.Event, Batch]] = deque()  # what the GPU may still read
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``epoch`` from ``first_batch`` on, both counted from 0.

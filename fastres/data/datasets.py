@@ -200,6 +200,8 @@ def _unreadable_explained() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.filename is None:  # of the progress bar's terminal, not of a file
+            raise
         path = Path(error.filename)
         broken = isinstance(error, FileNotFoundError) and path.is_symlink()
         reason = f"broken symlink to {path.readlink()}" if broken else error.strerror

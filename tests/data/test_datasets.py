@@ -349,9 +349,7 @@ def test_a_class_name_that_is_not_utf_8(image_folder):
 
 
 def test_an_unknown_dataset(tmp_path):
-    with pytest.raises(
-        UserError, match=r"--dataset cifar: unknown; choose from auto, digits, cifar10, cifar100, .*folder$"
-    ):
+    with pytest.raises(UserError, match=r"--dataset cifar: unknown; choose from auto, digits, cifar10, .*folder$"):
         load_dataset("cifar", tmp_path)
 
 
