@@ -5,7 +5,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NoReturn, get_type_hints
 
@@ -77,12 +78,26 @@ def in_words(default: Any) -> str:
 
 
 class PlainConsole(Console):
-    """A console that raises BrokenPipeError instead of exiting silently."""
+    """A console that raises an error of one line if stdout refuses output."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with explain_stdout():
+            super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
         if STOP_WITH_STDIN not in os.environ:
             raise  # the error that rich is handling
         self.quiet = True  # the study is gone, and the signal that follows saves the run
+
+
+@contextmanager
+def explain_stdout() -> Iterator[None]:
+    """Turns an error of writing to stdout, as on a full disk or a closed pipe, into a RunError."""
+    try:
+        yield
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail on it again at its exit
+        raise RunError(f"cannot write to stdout ({error.strerror}); redirect it elsewhere") from error
 
 
 def open_console(quiet: bool = False) -> Console:
@@ -102,9 +117,8 @@ def run_command(prog: str, command: Callable[[], object], rank: int = 0, interru
     signal's number for a run that was stopped by a signal. ``rank`` is this process's number in its job.
     """
     try:
-        try:
-            command()
-        finally:
+        command()
+        with explain_stdout():
             sys.stdout.flush()
         return 0
     except UserError as error:
@@ -117,11 +131,6 @@ def run_command(prog: str, command: Callable[[], object], rank: int = 0, interru
     except KeyboardInterrupt:
         print(f"{prog}: {interrupted}", file=sys.stderr)
         return 130
-    except OSError as error:
-        if not _stdout_is_broken():
-            raise
-        print(f"{prog}: error: cannot write to stdout ({error.strerror}); redirect it elsewhere", file=sys.stderr)
-        return RunError.exit_code
 
 
 def terminate_with_stdin() -> None:
@@ -129,13 +138,3 @@ def terminate_with_stdin() -> None:
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _stdout_is_broken() -> bool:
-    """Whether stdout refuses output, as a full disk or a closed pipe does; what it still holds is then discarded."""
-    try:
-        sys.stdout.flush()
-        return False
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail on it again at its exit
-        return True
