@@ -19,7 +19,8 @@ import pandas as pd
 
 from fastres.errors import UserError
 from fastres.files import read_json
-from fastres.report.study import as_markdown, one_of_each_model, read_results, scale_line, table
+from fastres.report.results import one_of_each_model, read_results
+from fastres.report.study import as_markdown, scale_line, table
 
 Content = dict[str, Any]
 

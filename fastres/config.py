@@ -100,7 +100,10 @@ class TrainConfig:
     )
 
     dataset: str = flag(
-        "Data", "auto: mini-cifar10 if it is there or downloads within seconds, otherwise digits", "auto", DATASETS
+        "Data",
+        "auto: mini-cifar10 if it is there or downloads within seconds, otherwise digits",
+        "auto",
+        tuple(DATASETS),
     )
     data_dir: Path = flag(
         "Data", "where CIFAR is or will be downloaded; for folder: holds train/<class>/ and test/<class>/", Path("data")

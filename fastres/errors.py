@@ -14,6 +14,9 @@ class UserError(Exception):
 
     exit_code = 2
 
+    def __str__(self) -> str:  # one line, even if a path or a value in it has several
+        return super().__str__().replace("\n", "\\n")
+
 
 class RunError(UserError):
     """A run that could not go on although its input was good, as after a NaN loss or on a full disk."""

@@ -3,9 +3,9 @@ read and written."""
 
 import difflib
 import json
-import math
 import os
 import reprlib
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import MISSING, asdict, field, fields, is_dataclass
@@ -94,7 +94,7 @@ def read_value(value: Any, kind: Any, where: str) -> Any:
 def has_type(value: Any, kind: Any) -> bool:
     """Whether ``value``, of TOML, JSON or Python, is of the scalar ``kind``."""
     if kind is float:
-        return type(value) in (int, float) and -math.inf < value < math.inf
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is kind or (kind is Path and isinstance(value, str | Path))
 
 

@@ -80,7 +80,9 @@ class PlainConsole(Console):
     """A console that raises BrokenPipeError instead of exiting silently."""
 
     def on_broken_pipe(self) -> None:
-        raise
+        if STOP_WITH_STDIN not in os.environ:
+            raise  # the error that rich is handling
+        self.quiet = True  # the study is gone, and the signal that follows saves the run
 
 
 def open_console(quiet: bool = False) -> Console:

@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from fastres import ops
 from fastres.ops.batch_norm_relu import reference, refuse_create_graph
+from fastres.ops.batch_norm_relu.reference import transforms_active
 
 __all__ = ["BatchNormReLU2d", "EagerBatchNormReLU2d", "PointwiseConv2d", "SyncBatchNormReLU2d"]
 
@@ -24,6 +26,10 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     Args:
         relu: apply ReLU; the only argument that `torch.nn.BatchNorm2d` has not.
 
+    Attributes:
+        epsilon: what `torch.nn.BatchNorm2d` calls `eps`. To read `eps` is an error where ReLU is applied: functions
+            that rebuild a norm as a plain one, or fold it into a convolution, read it, and would lose the ReLU.
+
     Shape: `x` and `residual` `[N, C, H, W]`; the output too, in the type of `x`, to which the residual is converted.
 
     Raises:
@@ -36,7 +42,29 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         super().__init__(num_features, *args, **kwargs)
         self.relu = relu
 
+    @property
+    def eps(self) -> float:
+        if self.relu:
+            raise TypeError(
+                f"{type(self).__name__} applies ReLU, which is lost where eps is read to rebuild it as a plain norm or "
+                "to fold it into a convolution. For SyncBatchNorm: create_model(..., sync_bn=True) or "
+                "SyncBatchNormReLU2d; for folding: nn.BatchNorm2d with its state dict, and nn.ReLU; the value: epsilon"
+            )
+        return self.epsilon
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.epsilon = value
+
+    def __dir__(self) -> list[str]:  # torch.jit.trace and inspect.getmembers read every name in it
+        return [name for name in super().__dir__() if name != "eps"]
+
+    def __prepare_scriptable__(self) -> None:
+        refuse_script(self)
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(x, Proxy):
+            return fx_node(self, x, residual)
         self._check_input_dim(x)
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
@@ -53,12 +81,15 @@ class BatchNormReLU2d(nn.BatchNorm2d):
             residual=None if residual is None else residual.to(x.dtype),
             training=self.training or self.running_mean is None,
             momentum=momentum,
-            eps=self.eps,
+            eps=self.epsilon,
             relu=self.relu,
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, relu={self.relu}"
+        return (
+            f"{self.num_features}, eps={self.epsilon}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, relu={self.relu}"
+        )
 
 
 class EagerBatchNormReLU2d(BatchNormReLU2d):
@@ -85,6 +116,10 @@ class SyncBatchNormReLU2d(BatchNormReLU2d):
     ) -> Tensor:
         if not options["training"] or not dist.is_initialized():
             return ops.batch_norm_relu(x, running_mean, running_var, weight, bias, **options)
+        if transforms_active():
+            raise RuntimeError(
+                "SyncBatchNormReLU2d does not train under torch.func or forward-mode AD: use BatchNormReLU2d there"
+            )
         residual, momentum, eps, relu = (options[name] for name in ("residual", "momentum", "eps", "relu"))
         y, mean, var, count = _SyncBatchNormReLU.apply(x, residual, weight, bias, eps, relu)
         if running_mean is not None and running_var is not None:
@@ -153,8 +188,31 @@ class PointwiseConv2d(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 1, bias=bias)
 
+    def __prepare_scriptable__(self) -> None:
+        refuse_script(self)
+
     def forward(self, x: Tensor) -> Tensor:
-        small = x.size(2) * x.size(3) <= SMALL_MAP and x.is_contiguous(memory_format=torch.channels_last)
-        if not (small and x.dtype == torch.bfloat16 and x.device.type == "cpu"):
-            return super().forward(x)
-        return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+        if isinstance(x, Proxy):
+            return fx_node(self, x)
+        bfloat16 = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+        small = x.size(2) * x.size(3) <= SMALL_MAP
+        # vmap knows no layout but the contiguous one
+        if bfloat16 and small and not transforms_active() and x.is_contiguous(memory_format=torch.channels_last):
+            return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+        return super().forward(x)
+
+
+def fx_node(module: nn.Module, x: Proxy, *args: object) -> Any:
+    """The call of `module` as one node of the graph that `torch.fx` traces, as for the modules of `torch.nn`.
+
+    So the traced model has the module itself, which follows `train()` and `eval()`.
+    """
+    tracer: Any = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x, *args), {})
+
+
+def refuse_script(module: nn.Module) -> None:
+    """Raises RuntimeError; `torch.jit.script` calls this before it compiles `module`."""
+    raise RuntimeError(
+        f"torch.jit.script cannot compile {type(module).__name__}: use torch.export.export or torch.jit.trace"
+    )

@@ -30,7 +30,8 @@ from fastres.flags import STOP_WITH_STDIN, Parser, add_flags, open_console, run_
 from fastres.models import create_model
 from fastres.profiling.measure import EAGER, ContinuingLoader, train
 from fastres.profiling.roofline import forward_macs
-from fastres.report.study import read_summary, write_report
+from fastres.report.results import read_summary
+from fastres.report.study import write_report
 from fastres.studies import RunDefinition, Study, list_studies, load_study
 from fastres.training import distributed
 from fastres.training.hardware import resolve, tune_libraries
@@ -326,7 +327,7 @@ def execute(run: PlannedRun, advance: Callable[[float], None]) -> dict[str, Any]
     if (run.folder / "last.pt").exists():
         command += ["--resume", str(run.folder)]
         flags = {name: value for name, value in flags.items() if name in RESUMABLE}
-    environment = {**os.environ, STOP_WITH_STDIN: "1"}
+    environment = {**os.environ, STOP_WITH_STDIN: "1", "PYTHONIOENCODING": "utf-8"}
     pipe = subprocess.PIPE
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(

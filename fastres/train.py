@@ -4,9 +4,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastres.config import TrainConfig, read_settings
-from fastres.data.datasets import load_dataset
 from fastres.errors import UserError
 from fastres.fields import path
 from fastres.files import read_json
@@ -55,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.
 
 def train(flags: dict[str, Any], resume: Path | None, console: Console) -> dict[str, Any]:
     """Trains a run of ``flags``, or the rest of the run ``resume``, and returns the summary."""
-    run = open_run(flags, resume, say=console.print, load=partial(load_dataset, track=tracked(console)))
+    run = open_run(flags, resume, say=console.print)
     summary = show_progress(run, console)
     if distributed.rank() == 0:
         picture = plot_curves(run.folder, f"{summary['model']} on {summary['dataset']}")
@@ -119,7 +117,7 @@ def catch_signals() -> Iterator[Callable[[], int]]:
 def evaluate(folder: Path, flags: dict[str, Any], console: Console) -> None:
     """Prints the test loss and accuracy of the best weights in ``folder`` beside those that the run recorded."""
     loss, accuracy = distributed.on_rank_0(recorded, folder)
-    run = open_run(flags, finished=folder, say=console.print, load=partial(load_dataset, track=tracked(console)))
+    run = open_run(flags, finished=folder, say=console.print)
     evaluation = run.evaluate_best()
     console.print(f"test loss     {evaluation.loss:.6f}   recorded {loss:.6f}")
     console.print(f"test accuracy {evaluation.accuracy:.2f} %   recorded {accuracy:.2f} %")
@@ -134,16 +132,6 @@ def recorded(folder: Path) -> tuple[float, float]:
         return float(summary["test_loss"]), float(summary["best_accuracy"])
     except (UserError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--eval {folder}: not the folder of a finished run ({error})") from error
-
-
-def tracked(console: Console) -> Callable[[Iterable[Any], int], Iterator[Any]]:
-    """Shows how many images have been checked."""
-
-    def track(items: Iterable[Any], total: int) -> Iterator[Any]:
-        with progress_bar(console) as progress:
-            yield from progress.track(items, total, description="checking images")
-
-    return track
 
 
 def progress_bar(console: Console) -> Progress:

@@ -26,7 +26,7 @@ from safetensors.torch import load, save_file
 from fastres import study, train
 from fastres.config import TrainConfig
 from fastres.data.dali import decode
-from fastres.data.datasets import decode_image, digits, load_dataset
+from fastres.data.datasets import DATASETS, decode_image, digits, load_dataset
 from fastres.errors import Interrupted, UserError
 from fastres.flags import Parser, add_flags
 from fastres.models import MODELS
@@ -70,7 +70,7 @@ def resident() -> float:
 
 def digits_alone(data_dir):
     """In place of ``auto``, which tries a download in a process of its own."""
-    return digits(), "digits"
+    return digits()
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def offline(monkeypatch):
         raise URLError("no network in tests")
 
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", refuse)
-    monkeypatch.setattr("fastres.data.datasets.auto", digits_alone)
+    monkeypatch.setitem(DATASETS, "auto", digits_alone)
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +363,9 @@ def test_cifar_files(cifar10, data):
 WORDS = [
     "title", "flags", "runs", "variants", "include", "figures", "conjectures", "published", "model", "lr", "epochs",
     '"x"', "3", "-1", "1e400", "1e-3", "nan", "true", "[]", "{}", "[[1]]", "{ lr = 0.1 }", "1979-05-27", "[runs.x]",
-    '["architecture/vgg16"]', "9" * 400, "milestones", "batch-size", "seed", "zero-gamma", "\n", "=", '"a\\u0000b"',
+    '["architecture/vgg16"]', "9" * 400, "milestones", "batch-size", "seed", "zero-gamma", "\n",
+    "notes", "repeated", "phases", "augmentation", '"flip-crop"', '{ best_accuracy = [1, 2] }',
+    "[{ label = 'x', epochs = [1, 2] }]", "=", '"a\\u0000b"',
 ]  # fmt: skip
 
 

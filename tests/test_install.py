@@ -86,7 +86,8 @@ def test_a_wheel_is_built_without_a_compiler_and_says_so(built_without_a_compile
     assert wheel.name == f"fastres-{fastres.__version__}-py3-none-any.whl"
     files = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fastres/")}
     assert files == files_of_package(ROOT)
-    assert {"fastres/py.typed", "fastres/report/study.html", "fastres/studies/residual.toml"} <= files
+    templates = {"fastres/report/study.html", "fastres/report/study.md.j2"}
+    assert templates | {"fastres/py.typed", "fastres/studies/residual.toml"} <= files
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")

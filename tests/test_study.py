@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import pandas as pd
@@ -17,6 +18,7 @@ from fastres.config import TrainConfig, over_recipe
 from fastres.errors import UserError
 from fastres.fields import KINDS, required
 from fastres.files import claimed
+from fastres.flags import open_console
 from fastres.studies import RESERVED, RunDefinition, Study, list_studies, load_study
 from fastres.training.checkpoint import read_checkpoint
 from tests.conftest import CommandLine
@@ -146,9 +148,58 @@ def test_a_run_saves_when_its_study_alone_is_interrupted(flags, tmp_path):
 
 
 def test_a_run_saves_when_its_study_is_killed(flags, tmp_path):
+    flags = [*flags, "--checkpoint-every", 9]  # nothing is saved at the end of the first epoch
     code, _ = stopped(flags, tmp_path / "out", lambda process: process.kill())
     assert code == -signal.SIGKILL
     assert read_checkpoint(tmp_path / "out/high-seed0")["epoch"]["steps"] > 0
+
+
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("environment", [C_LOCALE, {"PYTHONIOENCODING": "latin-1"}], ids=["C", "latin-1"])
+def test_names_are_read_and_written_as_utf_8_whatever_the_locale(environment, study_file, image_folder, tmp_path):
+    for part in ("train", "test"):
+        (image_folder / part / "dark").rename(image_folder / part / "größe")
+    study = TINY.split("[runs.high]")[0].replace("[runs.low]", '[runs.low]\nlabel = "ñ [/x] :car:"')
+    study_file.write_text(study, encoding="utf-8-sig")
+    out = tmp_path / "ergebnis ä"
+    command = [sys.executable, "-m", "fastres.study", study_file, "--data-dir", image_folder, "--output-dir", out]
+    command += ["--scale", "0.3", "--no-eager-cost"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert re.match(rb"1/1 (\xf1|\\xf1) \[/x\] :car:, seed 0: best", done.stdout)
+    for name in ("report.md", "report.html"):
+        assert "(bright, größe)" in (out / name).read_text(encoding="utf-8")
+
+
+def test_a_run_whose_folder_the_locale_cannot_name_is_refused(study_file):
+    study_file.write_text(TINY.replace("[runs.low]", '[runs."größe"]'), encoding="utf-8")
+    command = [sys.executable, "-m", "fastres.study", study_file, "--dry-run"]
+    done = subprocess.run(command, env=os.environ | C_LOCALE, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.match(r".*runs\.gr\\xf6\\xdfe: a run's name is its folder's, .*; set PYTHONUTF8=1\n$", done.stderr)
+
+
+def test_labels_are_shown_as_they_are_on_a_terminal(monkeypatch, capfd):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    summary = {"best_accuracy": 0.0, "last_accuracy": 0.0, "epoch_seconds": 1.0, "images_per_second": 1.0}
+    monkeypatch.setattr(study, "execute", lambda run, advance: summary)
+    run = SimpleNamespace(name="[/x] :car:", work=1.0, finished=False)
+    with study.study_progress(open_console(), [run]) as execute:
+        execute(run)
+    shown = capfd.readouterr().out
+    assert "1/1 [/x] :car: " in shown  # beside the bar
+    assert "1/1 [/x] :car:: best 0.00 %" in shown
+
+
+def test_a_dry_run_shows_labels_as_they_are(command_line, flags, study_file, monkeypatch):
+    monkeypatch.setattr(study, "measure", lambda run: 1.0)
+    label = f"[/x] :car: {100 * 'x'}"
+    study_file.write_text(TINY.replace("high rate", label))
+    assert command_line(*flags, "--dry-run", "--no-eager-cost") == 0
+    assert "[/x] :car:" in command_line.out
+    assert command_line.out.count("x") > 100
 
 
 def test_a_dry_run_estimates(command_line, flags, monkeypatch):
@@ -307,20 +358,20 @@ after = ["high", "low"]
 [flags]"""
 
 
-def test_all_parts_of_a_file_come_to_the_report(command_line, flags, study_file, tmp_path):
+def test_all_parts_of_a_file_come_to_study_json(study_file, arrays, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "load_dataset", lambda *_: (arrays, "arrays"))
     study_file.write_text(TINY.replace("[flags]", PARTS))
-    assert command_line(*flags, "--no-eager-cost") == 0
-    described = json.loads((tmp_path / "out/study.json").read_text())
+    definition, config = load_study(str(study_file)), study.StudyConfig(eager_cost=False)
+    planned = study.plan(definition, config, {}, tmp_path)
+    described = json.loads(json.dumps(study.describe(definition, config, {}, planned)))
     assert described["notes"] == ["One rate is high."]
     assert described["repeated"] == {"best_accuracy": [75.25, 80]}
     assert described["phases"] == [{"label": "late", "epochs": [2, 3]}]
     pair = ["high", "low"]
-    assert [(item["expect"], item["metric"], item["before"], item["after"]) for item in described["conjectures"]] == [
-        ("higher", "last_accuracy", pair, pair), ("stays positive", "best_accuracy", pair, pair),
-    ]  # fmt: skip
-    report = (tmp_path / "out/report.md").read_text()
-    for words in ("- One rate is high.\n", "75.25, 80.00", "| late | 2-3 |", "Conjecture: a high rate is better. "):
-        assert words in report
+    assert described["conjectures"] == [
+        {"text": "a high rate is better", "expect": "higher", "metric": "last_accuracy", "before": pair, "after": pair},
+        {"text": "and stays so", "expect": "stays positive", "metric": "best_accuracy", "before": pair, "after": pair},
+    ]
 
 
 def conjecture(**values):
@@ -339,6 +390,8 @@ def conjecture(**values):
         ),
         ("epochs", "epoch", r"unknown key flags.epoch; did you mean epochs"),
         ("lr = 0.02", 'lr = "fast"', r"runs.high.flags.lr: must be a number, not 'fast'"),
+        ("lr = 0.02", f"lr = {'9' * 400}", r"runs.high.flags.lr: must be a number, not 9+\.\.\.9+"),
+        ("75.25", "9" * 400, r"runs.low.published.best_accuracy: must be a number"),
         ("lr = 0.02", "lr = nan", r"runs.high.flags.lr: must be a number, not nan"),
         ("epochs = 3", "epochs = true", r"flags.epochs: must be an integer, not True"),
         ("epochs = 3", "epochs = 3.5", r"flags.epochs: must be an integer, not 3.5"),
@@ -376,6 +429,7 @@ def conjecture(**values):
         ("[flags]", "repeated = { best_accuracy = [1] }\n[flags]", r"repeated.best_accuracy: must be a list of two"),
         ("[flags]", "repeated = { accuracy = [1, 2] }\n[flags]", r"unknown key repeated.accuracy; did you mean"),
         ("[flags]", "phases = [{ label = 'x', epochs = [5, 5] }]\n[flags]", r"phases: epochs must be the first and"),
+        ("[flags]", f"phases = [{{ label = 'x', epochs = [1, {'9' * 400}] }}]\n[flags]", r"phases: epochs must be the"),
         ("[flags]", "phases = [{ label = 'x' }]\n[flags]", r"phases.epochs: is missing"),
         ("[flags]", "notes = 'x'\n[flags]", r"tiny.toml: notes: must be a list of strings, not 'x'"),
         (TINY, "title = 'nothing'", r"tiny.toml: no runs; add a table"),

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
-from fastres.data.datasets import Split
+from fastres.data.datasets import CIFAR10_MEAN, CIFAR10_STD, IMAGE_SIZE, Split
 from fastres.data.plan import EpochPlan
 from fastres.errors import UserError, first_line
 
@@ -15,7 +17,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Loader(Protocol):
     """Gives the batches of an epoch: float32 images ``[B, 3, 32, 32]`` and int64 labels ``[B]``.
 
-    ``starts_anew``: with every epoch, whose first batch is therefore waited for.
+    ``starts_anew``: every epoch starts the workers again, so its first batch takes longer.
     """
 
     starts_anew: bool
@@ -23,6 +25,62 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]: ...
+
+
+class PlanLoader:
+    """The arguments of DaliLoader and EagerLoader, which give the same batches of ``data`` as planned.
+
+    Batches are float32 images ``[B, 3, 32, 32]``, normalised with ``mean`` and ``std``, and int64 labels ``[B]``. In a
+    training loop of your own, with ``images``, uint8 ``[N, 32, 32, 3]``, and ``labels``, integers ``[N]``::
+
+        loader = DaliLoader((images, labels), lambda epoch: training_plan(0, epoch, len(images), "crop-flip"))
+        for epoch in range(30):
+            for x, y in loader.epoch(epoch):
+                ...
+
+    Args:
+        data: a Split, or a pair of images and labels.
+        plan_of_epoch: returns the EpochPlan of an epoch, counted from 0; all have the same length.
+        batch_size: images in a batch; the last one of an epoch may have fewer.
+        mean, std: of each channel, of pixels in [0, 1]; CIFAR-10's by default.
+        device: where the batches are used. DaliLoader puts them there; EagerLoader leaves them on the CPU, in pinned
+            memory for CUDA.
+        workers: threads (DaliLoader) or processes (EagerLoader) that prepare batches.
+    """
+
+    def __init__(
+        self,
+        data: Split | tuple[ArrayLike, ArrayLike],
+        plan_of_epoch: Callable[[int], EpochPlan],
+        batch_size: int = 128,
+        *,
+        mean: tuple[float, float, float] = CIFAR10_MEAN,
+        std: tuple[float, float, float] = CIFAR10_STD,
+        device: torch.device | str = "cpu",
+        workers: int = 2,
+    ) -> None:
+        self.split = data if isinstance(data, Split) else _split(*map(np.asarray, data))
+        self.plan_of_epoch, self.batch_size = plan_of_epoch, batch_size
+        self.mean, self.std = mean, std
+        self.device, self.workers = torch.device(device), workers
+        self.num_batches = -(-len(plan_of_epoch(0)) // batch_size)
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """The rest of the construction."""
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return self.num_batches
+
+
+def _split(images: np.ndarray, labels: np.ndarray) -> Split:
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise UserError(f"labels: must be integers [N], not {labels.dtype} {list(labels.shape)}")
+    shape = (len(labels), IMAGE_SIZE, IMAGE_SIZE, 3)
+    if images.dtype != np.uint8 or images.shape != shape:
+        raise UserError(f"images: must be uint8 {list(shape)} like the labels, not {images.dtype} {list(images.shape)}")
+    return Split(images, labels.astype(np.int64))
 
 
 def choose_loader(name: str) -> tuple[str, str]:
@@ -39,14 +97,12 @@ def choose_loader(name: str) -> tuple[str, str]:
     return "dali", "asked for" if name == "dali" else "DALI imports"
 
 
-def create_loader(name: str, split: Split, plan_of_epoch: Callable[[int], EpochPlan], **options: Any) -> Loader:
-    """The loader called ``name``, ``dali`` or ``eager``. Either applies the same plan, so the batches are the same.
-
-    ``options`` are the keyword arguments of DaliLoader and EagerLoader, which are the same.
-    """
-    loader: Callable[..., Loader]
+def create_loader(name: str, *args: Any, **options: Any) -> Loader:
+    """The loader called ``name``, ``dali`` or ``eager``, with the arguments of PlanLoader."""
     if name == "dali":
-        from fastres.data.dali import DaliLoader as loader
-    else:
-        from fastres.data.eager import EagerLoader as loader
-    return loader(split, plan_of_epoch, **options)
+        from fastres.data.dali import DaliLoader
+
+        return DaliLoader(*args, **options)
+    from fastres.data.eager import EagerLoader
+
+    return EagerLoader(*args, **options)

@@ -1,7 +1,8 @@
-"""The loader that users get: DALI pipelines, for CPU and GPU, that apply the epoch plan to whole batches."""
+"""The default loader: DALI pipelines, for CPU and GPU, that apply the epoch plan to whole batches."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -9,55 +10,35 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from PIL import Image
 
-from fastres.data import Batch
+from fastres.data import Batch, PlanLoader
 from fastres.data.datasets import IMAGE_SIZE, Split, decode_image
 from fastres.data.plan import CUTOUT_SIZE, EpochPlan
 
-AHEAD = 8  # batches that a GPU may lag behind the host
-DECODE_BATCH, DECODE_BATCH_LARGE = 512, 16  # of 32x32 images; of images that may have many megapixels
+MAX_BATCHES_IN_FLIGHT = 8  # that the GPU has not finished with; bounds how far the host runs ahead
+DECODE_BATCH, DECODE_BATCH_LARGE = 512, 16  # 32x32 images; images of up to MAX_PIXELS
 
 
-class DaliLoader:
-    """Applies the plan of an epoch to a split with DALI, in ``workers`` threads and, for CUDA, on the device.
+class DaliLoader(PlanLoader):
+    """Applies the plan with DALI, in ``workers`` threads and, for CUDA, on the device.
 
-    Encoded images are decoded (and resized) once, here, by the CPU, and kept as 3 KiB of pixels each.
-    ``plan_of_epoch(epoch)`` gives the EpochPlan, always of one length. Batches are float32 ``[B, 3, 32, 32]``
-    channels-last, normalised with ``mean`` and ``std`` of pixels in [0, 1], and int64 ``[B]``, both on ``device``. The
-    pipeline runs ahead, also over the end of an epoch, so that the next epoch's first batch is ready when it is asked
-    for.
+    Batches are on ``device``, the images in channels-last memory. Encoded images are decoded (and resized) once, at
+    construction, by the CPU, and kept as 3 KiB of pixels each. The pipeline prefetches, also across the end of an
+    epoch, so that the next epoch's first batch is ready when it is needed.
     """
 
     starts_anew = False
 
-    def __init__(
-        self,
-        split: Split,
-        plan_of_epoch: Callable[[int], EpochPlan],
-        *,
-        batch_size: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        device: torch.device,
-        workers: int = 2,
-    ) -> None:
-        self.images = decode(split, workers) if isinstance(split.images, list) else split.images
-        self.labels, self.plan_of_epoch = split.labels, plan_of_epoch
-        self.batch_size = batch_size
-        self.mean, self.std = mean, std
-        self.device, self.workers = device, workers
-        self.num_batches = -(-len(plan_of_epoch(0)) // batch_size)
+    def _set_up(self) -> None:
+        if self.split.encoded:
+            self.split = Split(decode(self.split, self.workers), self.split.labels)
         self.pipeline: Pipeline | None = None
-        self.upcoming = 0, 0  # the epoch and the batch that the pipeline gives next
-        self.lent: deque[tuple[torch.cuda.Event, Batch]] = deque()  # with the end of what was to be done with it
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return self.num_batches
+        self.upcoming = 0, 0  # epoch and batch that the pipeline gives next
+        self.in_flight: deque[tuple[torch.cuda.Event, Batch]] = deque()  # batches the GPU may still read; end events
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``epoch`` from ``first_batch`` on, both counted from 0.
 
-        Out of sequence, the pipeline is built anew.
+        The pipeline is built again where they don't follow the batches before.
         """
         if self.pipeline is None or (epoch, first_batch) != self.upcoming:
             self.pipeline = self._build(epoch, first_batch)
@@ -75,21 +56,21 @@ class DaliLoader:
                     self._keep_until_done(tensors)
 
     def _keep_until_done(self, batch: Batch) -> None:
-        """Keeps ``batch`` until the device has done what it was told to do so far.
+        """Keeps ``batch`` until the work enqueued on the device so far has finished.
 
-        The memory is DALI's, which would take it back as soon as the host has forgotten the batch.
+        Its memory is DALI's, which reuses it as soon as the host has dropped the batch.
         """
         done = torch.cuda.Event()
         done.record()
-        self.lent.append((done, batch))
-        if len(self.lent) > AHEAD:
-            self.lent[0][0].synchronize()
-            self.lent.popleft()
+        self.in_flight.append((done, batch))
+        if len(self.in_flight) > MAX_BATCHES_IN_FLIGHT:
+            self.in_flight[0][0].synchronize()
+            self.in_flight.popleft()
 
     def _build(self, epoch: int, first_batch: int) -> Pipeline:
-        """The pipeline that begins with ``first_batch`` of ``epoch``."""
+        """A pipeline whose first batch is ``first_batch`` of ``epoch``."""
         plan = self.plan_of_epoch(epoch)
-        columns = {  # name: dtype, ndim and layout of a sample
+        columns = {  # dtype, ndim and layout of a sample
             "images": (types.UINT8, 3, "HWC"),
             "labels": (types.INT64, 0, None),
             "crop": (types.INT32, 1, None),
@@ -105,12 +86,12 @@ class DaliLoader:
         # The source must not refer to this loader: in a cycle of references the pipeline would outlive it, until the
         # garbage collector finds it, perhaps in a forked process where the pipeline's threads do not exist.
         source = _PlannedBatches(
-            {"images": self.images, "labels": self.labels},
-            self.plan_of_epoch,
-            epoch * self.num_batches + first_batch,
-            self.num_batches,
-            self.batch_size,
-            list(columns),
+            arrays={"images": np.asarray(self.split.images), "labels": self.split.labels},
+            columns=list(columns),
+            plan_of_epoch=lru_cache(maxsize=1)(self.plan_of_epoch),
+            first=epoch * self.num_batches + first_batch,
+            num_batches=self.num_batches,
+            batch_size=self.batch_size,
         )
         pipeline = _pipeline(self.batch_size, self.device, self.workers)
         with pipeline:
@@ -160,25 +141,21 @@ class DaliLoader:
         return pipeline
 
 
+@dataclass
 class _PlannedBatches:
-    """What DALI calls with the number of the batch since the pipeline was built: it gives that batch's ``columns``.
+    """DALI's source: called with the number of a batch since the pipeline was built, it returns the batch's columns.
 
-    ``arrays`` has a row an image, in the split's order; the plan's own columns have a row a position. ``first`` is the
-    number of the pipeline's first batch, counted from the start of epoch 0.
+    arrays: columns with a row for each image of the split.
+    columns: names of these and of the plan's columns, in the order in which they are returned.
+    first: number of the pipeline's first batch, counted from the start of epoch 0.
     """
 
-    def __init__(
-        self,
-        arrays: dict[str, np.ndarray],
-        plan_of_epoch: Callable[[int], EpochPlan],
-        first: int,
-        num_batches: int,
-        batch_size: int,
-        columns: list[str],
-    ) -> None:
-        self.arrays, self.columns = arrays, columns
-        self.first, self.num_batches, self.batch_size = first, num_batches, batch_size
-        self.plan_of_epoch = lru_cache(maxsize=1)(plan_of_epoch)
+    arrays: dict[str, np.ndarray]
+    columns: list[str]
+    plan_of_epoch: Callable[[int], EpochPlan]
+    first: int
+    num_batches: int
+    batch_size: int
 
     def __call__(self, iteration: int) -> tuple[np.ndarray, ...]:
         epoch, batch = divmod(self.first + iteration, self.num_batches)
@@ -193,8 +170,8 @@ class _PlannedBatches:
 def decode(split: Split, workers: int) -> np.ndarray:
     """The pixels of an encoded split, uint8 ``[N, 32, 32, 3]``.
 
-    By the CPU, whose JPEG decoder agrees with Pillow's to within 3 of 255 levels. Pillow decodes a batch that DALI,
-    which is stricter about damage, refuses.
+    DALI's CPU decoder agrees with Pillow's to within 3 of 255 levels for JPEG. DALI is stricter about damage; Pillow
+    decodes the batches that it refuses.
     """
     pixels = np.empty((len(split), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     batch_size = DECODE_BATCH_LARGE if split.resize else DECODE_BATCH
@@ -206,7 +183,7 @@ def decode(split: Split, workers: int) -> np.ndarray:
             (images,) = pipeline.run()
             pixels[batch] = images.as_array()
         except RuntimeError:
-            pipeline = None  # which the error has ended
+            pipeline = None  # unusable after an error
             images = (decode_image(file) for file in split.images[batch])
             size = (IMAGE_SIZE, IMAGE_SIZE)
             pixels[batch] = [np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in images]
@@ -214,7 +191,7 @@ def decode(split: Split, workers: int) -> np.ndarray:
 
 
 def _decoder(split: Split, batches: list[slice], workers: int) -> Pipeline:
-    """The pipeline that gives the images of ``batches``, which are all of one size, at most."""
+    """A pipeline that decodes ``batches``, one at a time; the first is the largest."""
     pipeline = _pipeline(batches[0].stop - batches[0].start, torch.device("cpu"), workers)
     with pipeline:
         files = fn.external_source(source=(split.images[batch] for batch in batches), dtype=types.UINT8, ndim=1)
@@ -227,9 +204,7 @@ def _decoder(split: Split, batches: list[slice], workers: int) -> Pipeline:
 
 
 def _pipeline(batch_size: int, device: torch.device, workers: int) -> Pipeline:
-    return Pipeline(
-        batch_size=batch_size,
-        num_threads=workers,
-        device_id=(device.index or 0) if device.type == "cuda" else None,
-        exec_dynamic=True,
-    )
+    gpu = None
+    if device.type == "cuda":
+        gpu = torch.cuda.current_device() if device.index is None else device.index
+    return Pipeline(batch_size=batch_size, num_threads=workers, device_id=gpu, exec_dynamic=True)

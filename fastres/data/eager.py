@@ -3,14 +3,15 @@
 import gc
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
-from fastres.data import Batch
+from fastres.data import Batch, PlanLoader
 from fastres.data.datasets import IMAGE_SIZE, Split, decode_image
 from fastres.data.plan import CROP_PADDING, CUTOUT_SIZE, EpochPlan
 from fastres.errors import RunError
@@ -19,46 +20,31 @@ from fastres.errors import RunError
 # not exist in it.
 os.register_at_fork(after_in_child=gc.freeze)
 
-
 SHARED_MEMORY = "shared memory|Bus error"  # in torch's message if /dev/shm is full
 
 
-class EagerLoader:
-    """Applies the plan of an epoch to a split, in ``workers`` processes that are started anew for every epoch.
+class EagerLoader(PlanLoader):
+    """Applies the plan image by image, in ``workers`` processes that are started again for every epoch.
 
-    ``plan_of_epoch(epoch)`` gives the EpochPlan, always of one length. Batches are float32 ``[B, 3, 32, 32]``
-    contiguous, normalised with ``mean`` and ``std`` of pixels in [0, 1], and int64 ``[B]``, on the CPU (pinned for a
-    CUDA ``device``).
+    Batches are on the CPU (pinned for a CUDA ``device``), the images in contiguous memory.
     """
 
     starts_anew = True
 
-    def __init__(
-        self,
-        split: Split,
-        plan_of_epoch: Callable[[int], EpochPlan],
-        *,
-        batch_size: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        device: torch.device,
-        workers: int = 2,
-    ) -> None:
-        self.images = _PlannedImages(split, mean, std)
-        self.images.plan = plan_of_epoch(0)
-        self.plan_of_epoch = plan_of_epoch
-        self.batch_size, self.workers = batch_size, workers
-        self.pin_memory = device.type == "cuda"
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return len(self._batches(0))
-
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``epoch`` from ``first_batch`` on, both counted from 0."""
-        self.images.plan = self.plan_of_epoch(epoch)
+        images = _PlannedImages(self.split, self.plan_of_epoch(epoch), self.mean, self.std)
+        batches = DataLoader(
+            images,
+            self.batch_size,
+            sampler=range(first_batch * self.batch_size, len(images)),
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # or every iteration would draw from the global one, which dropout uses
+            worker_init_fn=_leave_the_group,
+        )
         try:
-            yield from self._batches(first_batch)
+            yield from batches
         except RuntimeError as error:
             if not re.search(SHARED_MEMORY, str(error)):
                 raise
@@ -67,31 +53,21 @@ class EagerLoader:
                 "--shm-size=1g), or take --loader dali"
             ) from error
 
-    def _batches(self, first_batch: int) -> DataLoader:
-        return DataLoader(
-            self.images,
-            self.batch_size,
-            sampler=range(first_batch * self.batch_size, len(self.images)),
-            num_workers=self.workers,
-            pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # or every iteration would draw from the global one, which dropout uses
-            worker_init_fn=_leave_the_group,
-        )
-
 
 def _leave_the_group(worker: int) -> None:
-    """A signal to the group of processes, as torchrun and terminals send it, is the parent's to act on: it still needs
-    its workers to come to the end of the step."""
+    """Takes a worker out of the parent's process group, which torchrun and terminals signal: the parent still needs it
+    to finish the step."""
     os.setpgrp()
 
 
+@dataclass(frozen=True)
 class _PlannedImages(Dataset):
-    """Item i is the i-th image of the plan, augmented and normalised."""
+    """Item i is the i-th image of the plan, augmented and normalised, and its label."""
 
+    split: Split
     plan: EpochPlan
-
-    def __init__(self, split: Split, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
-        self.split, self.mean, self.std = split, mean, std
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
     def __len__(self) -> int:
         return len(self.plan)

@@ -48,7 +48,7 @@ class EpochPlan:
         return len(self.order)
 
     def shard(self, rank: int, processes: int, batch_size: int, drop_last: bool = False) -> "EpochPlan":
-        """What process ``rank`` of ``processes`` shows: a contiguous part of every batch of ``batch_size`` images.
+        """The plan of process ``rank`` of ``processes``: a contiguous part of every batch of ``batch_size`` images.
 
         The parts of a batch differ by one image at most. ``drop_last`` leaves out a last batch that is smaller.
         """
@@ -88,10 +88,7 @@ STEPS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 
 
 def canonical_augmentation(augmentation: str) -> str:
-    """``none``, or the steps that ``augmentation`` joins by dashes in any order, in the order of ``STEPS``.
-
-    Raises UserError for an unknown or repeated step.
-    """
+    """``none``, or the steps that ``augmentation`` joins by dashes in any order, in the order of ``STEPS``."""
     names = augmentation.split("-")
     steps = [name for name in STEPS if name in names]
     if len(steps) < len(names) and augmentation != "none":

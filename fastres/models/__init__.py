@@ -1,4 +1,4 @@
-"""The models by name: ResNets with the CIFAR stem and VGGs, both for 32x32 images."""
+"""Models by name: ResNets with the CIFAR stem and VGGs, both for 32x32 images."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,15 +19,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg13": partial(VGG, 13),
     "vgg16": partial(VGG, 16),
     "vgg19": partial(VGG, 19),
-    # Study B's: torchvision's vgg19_bn and vgg19, pooled to 1x1, with their head of 4096 units and dropout
+    # of study B: torchvision's vgg19_bn and vgg19 with their classifier of 4096 units, after pooling to 1x1
     "vgg19_bn_4096": partial(VGG, 19, head=head_4096, bias=True),
-    "vgg19_4096": partial(VGG, 19, head=head_4096, bias=True, norm=False),
+    "vgg19_4096": partial(VGG, 19, head=head_4096, bias=True, batch_norm=False),
 }
 INITS = ("default", "study-b")
 
 
 def list_models() -> list[str]:
-    """The names that ``create_model`` knows."""
+    """The names that ``create_model`` takes."""
     return list(MODELS)
 
 
@@ -39,23 +39,23 @@ def create_model(
     sync_bn: bool = False,
     init: str = "default",
 ) -> nn.Module:
-    """A freshly initialised model, ``[B, 3, 32, 32]`` to ``[B, num_classes]`` logits.
+    """A newly initialised model from images ``[B, 3, 32, 32]`` to logits ``[B, num_classes]``.
+
+    The state dict has the same keys and shapes for every choice of ``fused`` and ``sync_bn``.
 
     Args:
         name: one of ``list_models()``.
-        zero_gamma: the last norm of each residual block starts at weight 0, so that the block starts as the identity
-            (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
-        fused: norm, residual add and ReLU in one operator; otherwise torch's own modules, with the same state dict.
-        sync_bn: the fused operator over the joined batch of all processes; also with the same state dict.
-        init: ``default``, torchvision's initial weights, or ``study-b``, see ``init_as_study_b``.
-
-    Raises UserError for an unknown name, and for ``zero_gamma`` of a model without residual blocks.
+        zero_gamma: ResNets only: the last BatchNorm of each residual block starts with weight 0, so that the block
+            starts as the identity (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
+        fused: BatchNorm, residual add and ReLU in one operator; otherwise in PyTorch's own.
+        sync_bn: BatchNorm over the whole batch of all processes; needs the fused operator.
+        init: initial weights: ``default`` as torchvision draws them, ``study-b`` as ``init_as_study_b`` does.
     """
     if name not in MODELS:
-        raise UserError(f"--model {name}: unknown; there are {', '.join(MODELS)}")
+        raise UserError(f"--model {name}: unknown; choose from {', '.join(MODELS)}")
     norm_layer = SyncBatchNormReLU2d if sync_bn else BatchNormReLU2d if fused else EagerBatchNormReLU2d
     if zero_gamma and not name.startswith("resnet"):
-        raise UserError(f"--zero-gamma: {name} has no residual blocks; take it off or choose a resnet")
+        raise UserError(f"--zero-gamma: {name} has no residual blocks; remove it or choose a resnet")
     options = {"zero_gamma": True} if zero_gamma else {}
     model = MODELS[name](num_classes, norm_layer=norm_layer, **options)
     if init == "study-b":
@@ -66,8 +66,8 @@ def create_model(
 def init_as_study_b(model: nn.Module) -> None:
     """Draws the weights of ``model`` again, as study B's code does.
 
-    Its ResNet scales them by a convolution's inputs, not by its outputs. Its VGGs are torchvision's, whose first
-    convolution and linear layers it replaces after they were initialised, by new ones with PyTorch's defaults.
+    ResNets: Kaiming's normal distribution with the fan-in instead of the fan-out. VGGs: torchvision's, but the first
+    convolution and the linear layers have PyTorch's default, as study B replaces those layers in a finished model.
     """
     for name, module in model.named_modules():
         if isinstance(model, VGG):

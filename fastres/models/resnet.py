@@ -1,6 +1,6 @@
 """ResNets (He et al. 2015, arXiv:1512.03385) with the CIFAR stem: 3x3 convolution of stride 1, no max-pool.
 
-Modules bear torchvision's names, so state dicts are interchangeable but for the stem's and the head's shapes.
+Modules have torchvision's names; of its state dicts only the shapes of ``conv1.weight`` and ``fc`` differ.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolution and the shortcut; the stride is the 3x3's, as in torchvision."""
+    """1x1, 3x3 and 1x1 convolutions and the shortcut; the 3x3 has the stride, as in torchvision."""
 
     expansion = 4
 
@@ -54,7 +54,7 @@ class Bottleneck(nn.Module):
 
 
 def projection(in_channels: int, out_channels: int, stride: int, norm_layer: NormLayer) -> nn.Module:
-    """The shortcut: a 1x1 convolution and norm where the shapes differ, otherwise the identity."""
+    """The shortcut: a 1x1 convolution and BatchNorm where the shapes differ, otherwise the identity."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return nn.Sequential(

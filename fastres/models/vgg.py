@@ -1,8 +1,7 @@
 """VGGs (Simonyan & Zisserman 2014, arXiv:1409.1556) for 32x32 images, which the five max-pools bring to 1x1.
 
-Layers bear torchvision's numbers. ReLU, which torchvision counts as a layer of its own, is part of the norm here, so
-its number is left out. Torchvision's weights load, but for the head and, in ``vgg11`` to ``vgg19``, for the bias of the
-convolutions, which the norm makes idle.
+Layers have torchvision's numbers; BatchNorm includes the ReLU, whose number is skipped. Torchvision's weights load
+except for the classifier and, in ``vgg11`` to ``vgg19``, the convolutions' biases, which are redundant before a norm.
 """
 
 from collections import OrderedDict
@@ -11,9 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-NormLayer = Callable[..., nn.Module]
-
-CONVOLUTIONS = {  # at each resolution; channels are 64, 128, 256, 512, 512
+CONVOLUTIONS = {  # by depth: at each of five resolutions, with 64, 128, 256, 512 and 512 channels
     11: (1, 1, 2, 2, 2),
     13: (2, 2, 2, 2, 2),
     16: (2, 2, 3, 3, 3),
@@ -22,20 +19,20 @@ CONVOLUTIONS = {  # at each resolution; channels are 64, 128, 256, 512, 512
 
 
 class VGG(nn.Module):
-    """Convolutions of 3x3 with norm and ReLU, without ``norm`` with ReLU alone, then ``head(num_classes)``, by default
-    one linear layer.
+    """3x3 convolutions, each followed by BatchNorm (if ``batch_norm``) and ReLU, then ``head(num_classes)``.
 
-    ``bias`` gives the convolutions one, which a norm after them makes redundant.
+    ``head``: by default one linear layer.
+    ``bias``: the convolutions have one.
     """
 
     def __init__(
         self,
         depth: int,
         num_classes: int,
-        norm_layer: NormLayer,
+        norm_layer: Callable[..., nn.Module],
         head: Callable[[int], nn.Module] | None = None,
         bias: bool = False,
-        norm: bool = True,
+        batch_norm: bool = True,
     ) -> None:
         super().__init__()
         layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -44,8 +41,8 @@ class VGG(nn.Module):
             channels = min(64 << stage, 512)
             for _ in range(convolutions):
                 layers[str(number)] = nn.Conv2d(in_channels, channels, 3, padding=1, bias=bias)
-                layers[str(number + 1)] = norm_layer(channels) if norm else nn.ReLU(inplace=True)
-                number += 3 if norm else 2
+                layers[str(number + 1)] = norm_layer(channels) if batch_norm else nn.ReLU(inplace=True)
+                number += 3 if batch_norm else 2
                 in_channels = channels
             layers[str(number)] = nn.MaxPool2d(2)
             number += 1
@@ -66,7 +63,7 @@ class VGG(nn.Module):
 
 
 def head_4096(num_classes: int) -> nn.Sequential:
-    """512 to 4096 to 4096 to ``num_classes``, dropout 1/2 in between, in torchvision's order."""
+    """Torchvision's classifier for 512 features: linear layers of 4096, 4096 and ``num_classes`` with dropout 0.5."""
     return nn.Sequential(
         nn.Linear(512, 4096), nn.ReLU(inplace=True), nn.Dropout(),
         nn.Linear(4096, 4096), nn.ReLU(inplace=True), nn.Dropout(),

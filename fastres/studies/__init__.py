@@ -9,19 +9,20 @@ A file holds::
     [flags]                           # optional: flags of fastres.train that all of this file's own runs share
     [runs.NAME]                       # label, flags, published (its keys: METRICS), all optional
     [variants.NAME]                   # optional: label and flags; each run is done once in every variant
-    [repeated]                        # optional: METRIC = [...], figures that the source has for one and the same run
+    [repeated]                        # optional: METRIC = [...], published figures of runs with the same settings
     [[figures]]                       # optional: title and runs; otherwise one figure shows all runs
     [[phases]]                        # optional: label and epochs = [FIRST, LAST], see Phase
     [[conjectures]]                   # optional: text, expect, metric, and runs, or before and after, see Conjecture
 """
 
+import os
 import tomllib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastres.config import read_settings
+from fastres.config import INT32_MAX, read_settings
 from fastres.errors import UserError, named
 from fastres.fields import check_names, read_table
 
@@ -65,7 +66,7 @@ class Phase:
     epochs: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.epochs) != 2 or not 1 <= self.epochs[0] < self.epochs[1]:
+        if len(self.epochs) != 2 or not 1 <= self.epochs[0] < self.epochs[1] <= INT32_MAX:
             raise UserError("epochs must be the first and the last, for instance [10, 50]")
 
 
@@ -190,6 +191,12 @@ def definitions(where: str, tables: dict[str, RunTable]) -> list[RunDefinition]:
     for name, item in tables.items():
         if "/" in name or not name:
             raise UserError(f"{where}.{name}: a run's name is its folder's, so it must not contain a /")
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{where}.{name}: a run's name is its folder's, and the locale has no such file name; set PYTHONUTF8=1"
+            ) from error
         check_names(item.published, METRICS, f"{where}.{name}.published.")
         flags = read_flags(f"{where}.{name}.flags", item.flags)
         found.append(RunDefinition(name, item.label or name, flags, item.published))

@@ -77,22 +77,20 @@ def open_run(
     resume: Path | None = None,
     finished: Path | None = None,
     say: Say = lambda line: None,
-    load: Callable[..., tuple[Dataset, str]] = load_dataset,
 ) -> Run:
     """The run that ``flags`` (settings by name) ask for; nothing is written yet.
 
     resume: a run's folder or checkpoint to go on from. A job that torchrun restarts goes on from its own folder.
     finished: the folder of a finished run, to evaluate it again.
     say: is called on rank 0 with the lines that tell what was chosen and why.
-    load: replaces ``load_dataset``.
     """
-    run = distributed.on_rank_0(_choose, flags, resume, finished, say, load)
+    run = distributed.on_rank_0(_choose, flags, resume, finished, say)
     tune_libraries(run[0].device)
     return Run(*run)
 
 
 def _choose(
-    flags: dict[str, Any], resume: Path | None, finished: Path | None, say: Say, load: Callable[..., Any]
+    flags: dict[str, Any], resume: Path | None, finished: Path | None, say: Say
 ) -> tuple[TrainConfig, Dataset, dict[str, Any] | None, TrainConfig]:
     """The arguments of Run."""
     restart, most_restarts = distributed.restarts()
@@ -115,7 +113,7 @@ def _choose(
     else:
         check_effect(flags)
         settings = over_recipe(flags)
-    asked, dataset = choose_dataset(settings, say, load)
+    asked, dataset = choose_dataset(settings, say, load_dataset)
     config, line = resolve(asked, dataset)
     say(line)
     if saved:

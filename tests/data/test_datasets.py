@@ -11,6 +11,7 @@ import unicodedata
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from fastres.data.datasets import CIFAR100_MEAN, CIFAR100_STD, MINI_CIFAR10_CLASSES, digits, folder, load_dataset
@@ -223,16 +224,13 @@ def test_a_class_without_a_readable_image_is_an_error(image_folder):
         folder(image_folder, skip_bad_images=True)
 
 
-def test_the_check_of_images_is_tracked(image_folder):
-    seen = []
-
-    def track(items, total):
-        for item in items:
-            seen.append(total)
-            yield item
-
-    folder(image_folder, track=track)
-    assert seen == [80] * 80
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_check_of_images_shows_its_progress_on_a_terminal_only(terminal, image_folder, monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr("rich._console", Console(file=written, force_terminal=terminal))
+    assert len(folder(image_folder).train) == 60
+    assert ("checking images" in written.getvalue()) == ("100%" in written.getvalue()) == terminal
+    assert terminal or not written.getvalue()
 
 
 READ_BY_NOBODY = """
@@ -348,6 +346,13 @@ def test_a_class_name_that_is_not_utf_8(image_folder):
     for part in ("train", "test"):
         (image_folder / part / "dark").rename(image_folder / part / name)
     assert folder(image_folder).classes == ("bright", name)
+
+
+def test_an_unknown_dataset(tmp_path):
+    with pytest.raises(
+        UserError, match=r"--dataset cifar: unknown; choose from auto, digits, cifar10, cifar100, .*folder$"
+    ):
+        load_dataset("cifar", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["digits", "folder"])

@@ -13,7 +13,7 @@ from torchvision.transforms import functional as F
 
 from fastres.data import choose_loader, create_loader
 from fastres.data.dali import DECODE_BATCH_LARGE, decode
-from fastres.data.datasets import Dataset, Split, decode_image, folder
+from fastres.data.datasets import CIFAR10_MEAN, CIFAR10_STD, Dataset, Split, decode_image, folder
 from fastres.data.plan import STEPS, EpochPlan, evaluation_plan, training_plan
 from fastres.errors import UserError
 from tests.conftest import write_folder
@@ -61,6 +61,34 @@ def reference(dataset: Dataset, split: Split, plan: EpochPlan) -> np.ndarray:
             image[top : top + height, left : left + width] = 0
         out.append(image.transpose(2, 0, 1))
     return np.stack(out)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("pair", [lambda images, labels: (images, labels.astype(np.uint8)),
+                                  lambda images, labels: (torch.from_numpy(images), labels.tolist())])  # fmt: skip
+def test_a_pair_of_arrays_does_for_a_split(pair, name, arrays):
+    split = arrays.train
+    options = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD, "device": torch.device("cpu"), "workers": 2}
+    expected = create_loader(name, split, lambda epoch: training_plan(0, epoch, 60, "crop-flip"), 128, **options)
+    loader = create_loader(
+        name, pair(split.images, split.labels), lambda epoch: training_plan(0, epoch, 60, "crop-flip")
+    )
+    for ours, theirs in zip(epoch_of(loader, 1), epoch_of(expected, 1), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_arrays_that_no_loader_takes(name, arrays):
+    images, labels = arrays.train.images, arrays.train.labels
+    for data, message in (
+        ((images / 255, labels), r"images: must be uint8 \[60, 32, 32, 3\] like the labels, not float64 \[60, 32"),
+        ((images.transpose(0, 3, 1, 2), labels), r"not uint8 \[60, 3, 32, 32\]"),
+        ((images[:59], labels), r"not uint8 \[59, 32, 32, 3\]"),
+        ((images, labels == 1), r"labels: must be integers \[N\], not bool \[60\]"),
+        ((images, np.eye(2, dtype=int)[labels]), r"labels: must be integers \[N\], not int64 \[60, 2\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            create_loader(name, data, lambda epoch: evaluation_plan(60))
 
 
 @pytest.mark.parametrize(

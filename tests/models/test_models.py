@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from fastres.errors import UserError
 from fastres.models import create_model, list_models
@@ -156,7 +157,32 @@ def test_every_model_gives_logits():
 
 
 def test_what_cannot_be_made():
-    with pytest.raises(UserError, match="--model resnet17: unknown; there are resnet18"):
+    with pytest.raises(UserError, match="--model resnet17: unknown; choose from resnet18, resnet34"):
         create_model("resnet17", 10)
     with pytest.raises(UserError, match="--zero-gamma: vgg16 has no residual blocks"):
         create_model("vgg16", 10, zero_gamma=True)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("name", "size", "nodes"),
+    [
+        ("resnet18", 16, ["bn1", "layer2", "layer4.1"]),
+        ("resnet50", 16, ["layer1", "layer4"]),
+        ("vgg11", 32, ["features.4", "features"]),
+    ],
+)
+def test_features_can_be_extracted(name, size, nodes, fused):
+    model = with_other_statistics(create_model(name, 5, fused=fused))
+    outputs = {}
+    for node in nodes:
+        model.get_submodule(node).register_forward_hook(lambda _, __, y, node=node: outputs.update({node: y}))
+    extractor = create_feature_extractor(model, nodes)
+    x = torch.randn(2, 3, size, size)
+    for training in (False, True):
+        model.train(training)(x)
+        expected = dict(outputs)
+        actual = extractor.train(training)(x)
+        assert actual.keys() == expected.keys()
+        for node in nodes:
+            torch.testing.assert_close(actual[node], expected[node])

@@ -1,28 +1,26 @@
 """The report of a study, on folders whose figures are known: tables, findings, pictures, and the page in a browser."""
 
+import html
 import json
 import re
 import shutil
 import subprocess
-from types import SimpleNamespace
+from dataclasses import replace
 
+import markdown
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from matplotlib.text import Text
 
 from fastres import studies
 from fastres.errors import UserError
-from fastres.report import study_plots
-from fastres.report.study import (
-    METRICS,
-    Estimate,
-    conjecture_finding,
-    first_to,
-    read_results,
-    report,
-    time_to,
-    write_report,
-)
+from fastres.report import study_figures
+from fastres.report.results import read_results
+from fastres.report.study import METRICS, as_markdown, first_to, report, table, time_to, write_report
 
 ACCURACIES = {  # test accuracy of each epoch, in percent
     "vgg": {0: [70, 81, 88, 92, 93, 91], 1: [72, 83, 89, 90, 95, 94]},
@@ -299,21 +297,17 @@ def test_conjectures_are_judged_by_their_standard_error(expect, pairs, verdict, 
         ((-2, None), (1, None), "Yes, by one seed: C minus D is +1.00 points of best accuracy, and A minus B -2.00."),
     ],
 )
-def test_a_conjecture_is_decided_beyond_two_standard_errors(before, after, finding):
+def test_a_conjecture_is_decided_beyond_two_standard_errors(before, after, finding, text_of, study, tmp_path):
     """The two differences' errors of 1 make one of 1.41 for what is between them."""
-
-    def result(label, mean, error):
-        return SimpleNamespace(label=label, estimate=lambda metric: Estimate(mean, error, 1))
-
-    (first, first_error), (second, second_error) = before, after
-    runs = {
-        "a": result("A", first, first_error),
-        "b": result("B", 0, first_error and 0),
-        "c": result("C", second, second_error),
-        "d": result("D", 0, second_error and 0),
-    }
+    runs = []
+    for name, (mean, error) in {"a": before, "b": (0, 0), "c": after, "d": (0, 0)}.items():
+        seeds = [mean] if before[1] is None else [mean - error, mean + error]  # whose standard error is `error`
+        for seed, accuracy in enumerate(seeds):
+            write_run(tmp_path / f"{name}{seed}", "vgg", [90 + accuracy], 1.0)
+        folders = [f"{name}{seed}" for seed in range(len(seeds))]
+        runs.append(study["runs"][0] | {"name": name, "label": name.upper(), "folders": folders})
     conjecture = {"text": "it does", "expect": "grows", "before": ["a", "b"], "after": ["c", "d"]}
-    assert conjecture_finding(conjecture, runs) == f"Conjecture: it does. {finding}"
+    assert f"- Conjecture: it does. {finding}\n" in text_of(runs=runs, conjectures=[conjecture])
 
 
 def test_one_seed_has_no_deviation(report_of, study):
@@ -368,23 +362,23 @@ def test_the_scale_is_everywhere(report_of, tmp_path):
 
 
 def test_a_target_counts_as_reached_with_every_seed(report_of, study, tmp_path):
-    report_of()
+    assert "- 80 % is reached first by VGG-16, after 4.0 s of training.\n" in report_of()
     results = read_results(tmp_path, study)
-    assert first_to(results, 80) == "80 % is reached first by VGG-16, after 4.0 s of training."
+    assert first_to(results, 80) == (4.0, "VGG-16")
     assert time_to(results[0], 94) == "10.0 (1 of 2 seeds)"
-    assert first_to(results, 92.5) == "92.5 % is reached first by VGG-16, after 10.0 s of training."
+    assert first_to(results, 92.5) == (10.0, "VGG-16")
     assert first_to(results, 94) is None  # with one of two seeds
 
 
 def test_figures_show_what_was_measured(report_of, study, tmp_path):
     report_of()
     results = read_results(tmp_path, study)
-    confused, *_ = study_plots.confusion(results, "").axes
+    confused, *_ = study_figures.confusion(results, "").axes
     shown = {text.get_position(): text.get_text() for text in confused.texts}  # by predicted and true class
     assert shown == {(0, 0): "90.0", (1, 0): "10.0", (0, 1): "20.0", (1, 1): "80.0"}
     assert (confused.get_xlabel(), confused.get_ylabel()) == ("predicted", "true, % of its images")
 
-    accuracy, loss = study_plots.curves(results, "").axes
+    accuracy, loss = study_figures.curves(results, "").axes
     test, train = (line.get_ydata() for line in loss.lines[:2])
     np.testing.assert_allclose(test, [2.5 / epoch for epoch in range(1, 7)])
     np.testing.assert_allclose(train, [2 / epoch for epoch in range(1, 7)])
@@ -393,7 +387,7 @@ def test_figures_show_what_was_measured(report_of, study, tmp_path):
     shade = accuracy.collections[0].get_paths()[0].get_extents()
     assert (shade.ymin, shade.ymax) == (70, 95)
 
-    (axes,) = study_plots.pareto(results, "").axes
+    (axes,) = study_figures.pareto(results, "").axes
     vgg, resnet, front = (line.get_xydata().tolist() for line in axes.lines)
     means = [sum(seeds) / 2 for seeds in zip(*ACCURACIES["vgg"].values(), strict=True)]
     assert vgg == [[2.0 * epoch, accuracy] for epoch, accuracy in enumerate(means, 1)]
@@ -404,9 +398,82 @@ def test_figures_show_what_was_measured(report_of, study, tmp_path):
     assert front == expected
 
 
+def shown(page, tag):
+    """The texts of a page's elements ``tag``."""
+    found = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", page, re.DOTALL)
+    return [" ".join(html.unescape(re.sub("<[^>]*>", "", text)).split()) for text in found]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab1 .|\\`*_[](){}#<>&~!-+=:$\"'/;é", min_size=1, max_size=12).filter(str.strip))
+@example("~~a~~")
+@example("__init__")
+@example("1. a")
+def test_a_label_is_text(label):
+    """In the page and in what else shows Markdown with tables, as GitHub does."""
+    text, label = as_markdown(label), " ".join(label.split())
+    cells = table(["run", "value"], [[f"**{text}**", text], ["a", "b"]])
+    source = f"# {text}\n\n- {text}\n- in {text} between\n\n{cells}\n\n![{text}](figures/a.png)\n"
+    for page in (
+        markdown.markdown(source, extensions=["tables"]),
+        MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(source),
+    ):
+        assert shown(page, "h1") == [label]
+        assert shown(page, "li") == [label, f"in {label} between"]
+        assert shown(page, "td") == [label, label, "a", "b"]
+        (alternative,) = re.findall(r'<img [^>]*alt="([^"]*)"', page)
+        assert " ".join(html.unescape(alternative).split()) == label
+
+
+LABEL = '_lr $x_$ y 0.1 | <b>warm-up</b> 5 "a" src="figures/x.png"'
+
+
+def test_labels_are_text_in_the_report_and_its_pictures(report_of, study, tmp_path):
+    runs = [run | {"label": f"{LABEL} {run['name']}"} for run in study["runs"]]
+    report_of(runs=runs, title=LABEL, overrides={"classes": LABEL}, figures=[{"title": LABEL, "runs": ["vgg"]}])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert shown(page, "h1") == shown(page, "title") == [LABEL]
+    assert LABEL in shown(page, "h3")
+    rows = [shown(row, "td") for row in re.findall("<tr>.*?</tr>", page, re.DOTALL)]
+    accuracy, *_, times = (row for row in rows if row and row[0] == f"{LABEL} vgg")
+    assert accuracy[1] == "94.00 ± 1.41"
+    assert times[1] == "4.0 ± 0.0"
+    assert any(line.startswith(f"{LABEL} resnet: best accuracy 88.00 %") for line in shown(page, "li"))
+
+
+def test_labels_are_text_in_pictures(report_of, study, tmp_path):
+    report_of()
+    results = [replace(result, label=f"{LABEL} {result.name}") for result in read_results(tmp_path, study)]
+    for draw in (study_figures.curves, study_figures.pareto, study_figures.confusion):
+        figure = draw(results, "a $x_$ b")
+        texts = {text.get_text(): text for text in figure.findobj(Text)}
+        for words in (f"{LABEL} vgg", f"{LABEL} resnet", "a $x_$ b"):
+            assert not texts[words].get_parse_math()
+        study_figures.save(figure, tmp_path / "drawn.png")
+
+
+def test_figures_have_files_of_their_own(report_of, tmp_path):
+    titles = ["One: two", "One, two", "One, two", "日本", "Confusion of the best epoch", 300 * "long "]
+    report = report_of(figures=[{"title": title, "runs": ["vgg"]} for title in titles])
+    pictures = re.findall(r"^!\[(.*)\]\((.*)\)$", report, re.M)
+    titles[-1] = titles[-1].strip()
+    assert [title for title, _ in pictures] == [
+        *titles, "Accuracy against seconds of training", "Confusion of the best epoch",
+    ]  # fmt: skip
+    paths = [path for _, path in pictures]
+    assert len(set(paths)) == len(paths)
+    assert all((tmp_path / path).exists() and path.isascii() for path in paths)
+
+
+def test_the_fastest_of_two_runs_of_one_label(report_of, study, tmp_path):
+    report_of()
+    results = [replace(result, label="the same") for result in read_results(tmp_path, study)]
+    assert first_to(results, 80) == (4.0, "the same")
+
+
 def test_a_run_that_is_not_there(report_of, tmp_path):
     shutil.rmtree(tmp_path / "resnet-seed1")
-    with pytest.raises(UserError, match=r"not all there .*resnet-seed1.*add --resume"):
+    with pytest.raises(UserError, match=r"missing or damaged .*resnet-seed1.*add --resume"):
         report_of()
 
 

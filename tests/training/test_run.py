@@ -73,7 +73,13 @@ def test_what_a_run_leaves(finished, arrays):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"seed": 3}, {"augmentation": "crop-flip-cutout"}, {"batch_size": 25}, {"batch_size": 25, "drop_last": False}],
+    [
+        {"seed": 3},
+        {"augmentation": "crop-flip-erasing"},
+        {"batch_size": 25},
+        {"batch_size": 25, "drop_last": False},
+        {"init": "study-b"},
+    ],
     ids=str,
 )
 def test_a_run_shows_the_plan_of_its_settings(settings, arrays, tmp_path):
@@ -86,7 +92,8 @@ def test_a_run_shows_the_plan_of_its_settings(settings, arrays, tmp_path):
     images = torch.cat([images for images, _ in batches])
     np.testing.assert_allclose(images, reference(arrays, arrays.train, plan)[:shown], atol=2e-6)
     torch.manual_seed(config.seed)
-    torch.testing.assert_close(run.trainer.model.state_dict(), create_model("vgg11", 2).state_dict(), rtol=0, atol=0)
+    expected = create_model("vgg11", 2, init=config.init).state_dict()
+    torch.testing.assert_close(run.trainer.model.state_dict(), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -53,6 +53,8 @@ def batch_norm_relu(
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`, then `+ residual`, then ReLU, in two passes over `x`.
 
+    Under the transforms of `torch.func` and in forward-mode AD it is computed by PyTorch's own operators.
+
     Args:
         x: `[N, C, ...]`, float16, bfloat16, float32 or float64, contiguous or channels-last, or copied.
         running_mean, running_var: `[C]`, or None when training. Updated in place when training (the variance
@@ -74,7 +76,7 @@ def batch_norm_relu(
             `create_graph=True`: there is no second derivative.
     """
     _check(x, running_mean, running_var, weight, bias, residual, training)
-    if torch.compiler.is_compiling() and not OPAQUE_TO_COMPILER:
+    if reference.transforms_active() or (torch.compiler.is_compiling() and not OPAQUE_TO_COMPILER):
         return reference.batch_norm_relu(
             x, running_mean, running_var, weight, bias,
             residual=residual, training=training, momentum=momentum, eps=eps, relu=relu,

@@ -1,7 +1,9 @@
 """What batch_norm_relu computes, in plain PyTorch."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def batch_norm_relu(
@@ -20,6 +22,14 @@ def batch_norm_relu(
     """The same arguments and result as `fastres.ops.batch_norm_relu`, one PyTorch operator after another, the last two
     in place, as in torchvision's models."""
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    if residual is not None:
-        y += residual
+    if residual is not None:  # vmap over the residual only cannot add in place to the one y
+        y = y + residual if transforms_active() else y.add_(residual)
     return F.relu(y, inplace=True) if relu else y
+
+
+def transforms_active() -> bool:
+    """Whether a transform of `torch.func` is being applied or a level of `torch.autograd.forward_ad` is open.
+
+    PyTorch has rules for its own operators there, and none for those of fastres.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

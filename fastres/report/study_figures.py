@@ -1,9 +1,9 @@
-"""Figures of a study. Each takes its results and a line that says at which scale they were done, which it shows."""
+"""Figures of a study. Each shows a note, the line that says at which scale the study was done."""
 
-from collections.abc import Sequence
+import re
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,33 +13,52 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from fastres.report.results import Results
 from fastres.report.style import number_plainly, styled
-
-if TYPE_CHECKING:
-    from fastres.report.study import Results
 
 COLORS = list(colors.TABLEAU_COLORS)
 FEW_EPOCHS = 30  # up to here a point is marked at each
 CONFUSION_COLUMNS = 3
+MAX_NAME = 100  # characters of a figure's file name that come from its title
 NOTE: dict[str, Any] = {"fontsize": "small", "color": "0.4"}
 
 
 @styled
-def curves(results: Sequence["Results"], note: str) -> Figure:
+def draw_figures(folder: Path, chosen: list[dict[str, Any]], results: list[Results], note: str) -> dict[str, str]:
+    """Draws all figures to ``folder``, and returns their titles by path in the report.
+
+    ``chosen`` names the titles and runs of the curves; without any, one figure shows all runs.
+    """
+    folder.mkdir(exist_ok=True)
+    by_name = {result.name: result for result in results}
+    chosen = chosen or [{"title": "Accuracy and loss against epoch", "runs": list(by_name)}]
+    drawn = [(figure["title"], curves([by_name[name] for name in figure["runs"]], note)) for figure in chosen]
+    drawn.append(("Accuracy against seconds of training", pareto(results, note)))
+    drawn.append(("Confusion of the best epoch", confusion(results, note)))
+    titles: dict[str, str] = {}
+    for title, picture in drawn:
+        name = re.sub(r"[^a-z0-9]+", "-", title.lower())[:MAX_NAME].strip("-") or "figure"
+        while (path := f"{folder.name}/{name}.png") in titles:
+            name += "-2"
+        picture.savefig(folder.parent / path, dpi=130, bbox_inches="tight")
+        titles[path] = title
+    return titles
+
+
+def curves(results: list[Results], note: str) -> Figure:
     """Accuracy and loss against epoch: mean over seeds, from the lowest to the highest shaded."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(note, **NOTE)
     accuracy, loss = figure.subplots(1, 2)
+    handles = []
     for color, result in zip(cycle(COLORS), results, strict=False):
         for axes, metric in ((accuracy, "accuracy"), (loss, "loss")):
-            over_seeds(axes, result.histories, f"test_{metric}", color)
-            over_seeds(axes, result.histories, f"train_{metric}", color, alpha=0.45, linestyle="--", linewidth=1)
+            over_seeds(axes, result, f"test_{metric}", color)
+            over_seeds(axes, result, f"train_{metric}", color, alpha=0.45, linestyle="--", linewidth=1)
+        handles.append(Line2D([], [], color=color, label=result.label))
         if "best_accuracy" in result.published:
             published = result.published["best_accuracy"]
             accuracy.plot(1.0, published, "<", color=color, transform=accuracy.get_yaxis_transform(), clip_on=False)
-    handles = [
-        Line2D([], [], color=color, label=result.label) for color, result in zip(cycle(COLORS), results, strict=False)
-    ]
     handles += [
         Line2D([], [], color="0.3", label="test"),
         Line2D([], [], color="0.3", alpha=0.6, linestyle="--", linewidth=1, label="train"),
@@ -55,40 +74,35 @@ def curves(results: Sequence["Results"], note: str) -> Figure:
     return figure
 
 
-def over_seeds(axes: Axes, histories: list[pd.DataFrame], column: str, color: str, **style: Any) -> None:
-    values = np.stack([history[column] for history in histories])
-    epochs = histories[0]["epoch"]
+def over_seeds(axes: Axes, result: Results, column: str, color: str, **style: Any) -> None:
+    values, epochs = result.history[column], result.history.index + 1
     marker = "o" if len(epochs) <= FEW_EPOCHS else ""
-    axes.plot(epochs, values.mean(0), color=color, marker=marker, markersize=3, **style)
-    if len(values) > 1:
-        axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
+    axes.plot(epochs, values.mean(axis=1), color=color, marker=marker, markersize=3, **style)
+    if len(result.summaries) > 1:
+        axes.fill_between(epochs, values.min(axis=1), values.max(axis=1), color=color, alpha=0.12, linewidth=0)
 
 
-@styled
-def pareto(results: Sequence["Results"], note: str) -> Figure:
+def pareto(results: list[Results], note: str) -> Figure:
     """Test accuracy against seconds of training, a point an epoch, and the best that any run has by then."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     figure.suptitle(note, **NOTE)
     axes = figure.subplots()
-    points = []
+    means = []
     for color, result in zip(cycle(COLORS), results, strict=False):
-        seconds = np.mean([history["epoch_seconds"].cumsum() for history in result.histories], axis=0)
-        accuracy = np.mean([history["test_accuracy"] for history in result.histories], axis=0)
+        seconds = result.history["epoch_seconds"].cumsum().mean(axis=1)
+        accuracy = result.history["test_accuracy"].mean(axis=1)
         style: dict[str, Any] = {"marker": "o" if len(seconds) <= FEW_EPOCHS else "", "markersize": 3, "linewidth": 0.8}
         axes.plot(seconds, accuracy, color=color, label=result.label, alpha=0.7, **style)
-        points += list(zip(seconds, accuracy, strict=True))
-    points.sort()
-    front = np.maximum.accumulate([accuracy for _, accuracy in points])
-    times = [seconds for seconds, _ in points]
-    axes.step(times, front, where="post", color="0.2", linewidth=1.6, alpha=0.6, label="Pareto front", zorder=0)
+        means.append(accuracy.set_axis(seconds))
+    front = pd.concat(means).sort_index().cummax()
+    axes.step(front.index, front, where="post", color="0.2", linewidth=1.6, alpha=0.6, label="Pareto front", zorder=0)
     axes.set(xlabel="seconds of training, evaluation not counted", ylabel="test accuracy, %", xscale="log")
     number_plainly(axes.xaxis)
     axes.legend(handles=axes.lines, loc="lower right", fontsize="small")  # named, or it hides labels that begin with _
     return figure
 
 
-@styled
-def confusion(results: Sequence["Results"], note: str) -> Figure:
+def confusion(results: list[Results], note: str) -> Figure:
     """Of each run, summed over seeds: the percentage of each true class that was taken for each class."""
     columns = min(len(results), CONFUSION_COLUMNS)
     rows = -(-len(results) // columns)
@@ -114,8 +128,3 @@ def confusion(results: Sequence["Results"], note: str) -> Figure:
     for axes in grid.flat[len(results) :]:
         axes.set_axis_off()
     return figure
-
-
-@styled
-def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=130, bbox_inches="tight")

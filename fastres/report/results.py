@@ -1,0 +1,168 @@
+"""The runs of a study, read from their folders, and their figures over the seeds."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from fastres.errors import UserError
+from fastres.files import read_json
+from fastres.training.history import check_history
+
+FIRST_EPOCHS = 5  # the early part of a run that Study A compares
+CONSTANT = ("params_millions", "epochs")  # figures that are the same for every seed
+SUMMARY: dict[Any, tuple[str, ...]] = {  # the part of summary.json that a report reads, by type
+    str: ("model", "dataset", "best_selected_on", "device", "loader", "amp"),
+    str | None: ("commit",),
+    bool: ("channels_last", "compile", "cuda_graphs", "fused"),
+    int: ("num_classes", "train_images", "test_images", "epochs", "seed"),
+    int | float: (
+        "best_accuracy", "last_accuracy", "test_loss", "epoch_seconds", "images_per_second", "train_seconds",
+        "params_millions", "peak_memory_mb",
+    ),
+    dict: ("per_class_accuracy", "versions"),
+    list: ("confusion_matrix",),
+}  # fmt: skip
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds and their sample standard deviation, or a difference of means and its standard error.
+
+    The error is NaN for a single seed, the value for a figure that a run does not have.
+    """
+
+    value: float
+    error: float = math.nan
+
+    @classmethod
+    def of(cls, values: pd.Series) -> "Estimate":
+        return cls(values.mean(), values.std())
+
+    def text(self, digits: int = 2, sign: str = "") -> str:
+        """``1,234.50 ± 0.25``, or nothing for NaN. A ``sign`` of "+" is shown, too."""
+        error = "" if math.isnan(self.error) else f" ± {self.error:,.{digits}f}"
+        return "" if math.isnan(self.value) else f"{self.value:{sign},.{digits}f}{error}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """A row of a study: what its runs wrote, one for each seed, and the summary of its model in eager PyTorch.
+
+    history: a row for each epoch, columns by name and seed; ``history["test_accuracy"]`` has a column for each seed.
+    """
+
+    name: str
+    label: str
+    published: dict[str, float]
+    forward_gflop: float
+    history: pd.DataFrame
+    summaries: list[dict[str, Any]]
+    eager: dict[str, Any] | None
+
+    @cached_property
+    def figures(self) -> pd.DataFrame:
+        """A row for each seed: summary.json, and ``mean_accuracy`` and ``spread``, which are mean and sample standard
+        deviation of the test accuracy in the first epochs; the spread of a single epoch is NaN."""
+        first = self.history["test_accuracy"][:FIRST_EPOCHS]
+        return pd.DataFrame(self.summaries).assign(mean_accuracy=first.mean(), spread=first.std())
+
+    @cached_property
+    def means(self) -> pd.Series:
+        return self.figures.mean(numeric_only=True)
+
+    def estimate(self, metric: str) -> Estimate:
+        return Estimate(self.means[metric]) if metric in CONSTANT else Estimate.of(self.figures[metric])
+
+    def minus(self, other: "Results", metric: str) -> Estimate:
+        """The difference of the means, and its standard error where both have several seeds."""
+        ours, theirs = self.figures[metric], other.figures[metric]
+        return Estimate(ours.mean() - theirs.mean(), math.hypot(ours.sem(), theirs.sem()))
+
+    def published_minus(self, other: "Results", metric: str) -> Estimate:
+        """The difference of the published figures; NaN unless both are known."""
+        return Estimate(self.published.get(metric, math.nan) - other.published.get(metric, math.nan))
+
+    @property
+    def model(self) -> str:
+        return self.summaries[0]["model"]
+
+    @property
+    def times_eager(self) -> float:
+        """Images a second relative to eager PyTorch, in which the model was trained, too."""
+        assert self.eager is not None
+        return self.means["images_per_second"] / self.eager["images_per_second"]
+
+    def seconds_to(self, accuracy: float) -> pd.Series:
+        """Of each seed: seconds of training to the end of the first epoch with that test accuracy (%), or NaN."""
+        return self.history["epoch_seconds"].cumsum().where(self.history["test_accuracy"] >= accuracy).min()
+
+
+def read_results(folder: Path, study: dict[str, Any]) -> list[Results]:
+    """The results in ``folder`` of the runs that ``study``, the content of study.json, names."""
+    try:
+        return [
+            Results(
+                name=run["name"],
+                label=run["label"],
+                published=run["published"],
+                forward_gflop=run["forward_gflop"],
+                history=by_column([read_history(folder / name) for name in run["folders"]]),
+                summaries=[read_summary(folder / name) for name in run["folders"]],
+                eager=read_summary(folder / run["eager_folder"]) if run["eager_folder"] else None,
+            )
+            for run in study["runs"]
+        ]
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(
+            f"{folder}: runs of the study are missing or damaged ({error}); delete damaged ones and add --resume"
+        ) from error
+
+
+def read_history(folder: Path) -> pd.DataFrame:
+    """A run's history.csv. Raises OSError or ValueError if it is missing or damaged."""
+    path = folder / "history.csv"
+    try:
+        history = pd.read_csv(path)
+        check_history(history.to_dict("records"), validated=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return history
+
+
+def by_column(histories: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The histories of all seeds side by side, as in ``Results``."""
+    return pd.concat(histories, axis=1, keys=range(len(histories))).swaplevel(axis=1)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """A run's summary.json, with everything that a report reads."""
+    path = folder / "summary.json"
+    summary = decoded(read_json(path))
+    if not isinstance(summary, dict):
+        raise UserError(f"{path}: holds no summary")
+    for kind, names in SUMMARY.items():
+        for name in names:
+            if not isinstance(summary.get(name, ...), kind):
+                raise UserError(f"{path}: has no proper {name}; is it of another version of fastres?")
+    return summary
+
+
+def decoded(content: Any) -> Any:
+    """``content`` of a JSON file, with the names of files as UTF-8 text.
+
+    Python keeps bytes of a name that the locale cannot decode as surrogates, which no text file or picture can hold.
+    """
+    text = json.dumps(content, ensure_ascii=False).encode(errors="surrogateescape")
+    return json.loads(text.decode(errors="replace"))
+
+
+def one_of_each_model(results: list[Results]) -> list[Results]:
+    first: dict[str, Results] = {}
+    for result in results:
+        first.setdefault(result.model, result)
+    return list(first.values())
