@@ -196,11 +196,19 @@ def test_bad_flags(arguments, message, command_line, flags, tmp_path):
     assert not (tmp_path / "profile").exists()
 
 
-def test_a_folder_that_holds_another_profile_is_left_as_it_is(command_line, flags, tmp_path):
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([".lock", "profile.json"], "already holds a profile"),
+        (["profile.json"], "profile.json in it would be overwritten and is not from fastres"),
+    ],
+)
+def test_a_folder_that_holds_another_profile_is_left_as_it_is(files, message, command_line, flags, tmp_path):
     (tmp_path / "profile").mkdir()
-    (tmp_path / "profile/profile.json").write_text("{}")
+    for name in files:
+        (tmp_path / "profile" / name).write_text("{}")
     assert command_line(*flags) == 2
-    assert "already holds a profile" in command_line.err
+    assert message in command_line.err
     assert (tmp_path / "profile/profile.json").read_text() == "{}"
 
 
