@@ -347,7 +347,7 @@ def test_resume_of_another_model(command_line, flags, tmp_path):
 
 def test_the_spelling_of_an_augmentation_does_not_matter(command_line, flags, tmp_path):
     assert command_line(*flags, "--augmentation", "erasing-flip-crop") == 0
-    assert json.loads((tmp_path / "run/config.json").read_text())["augmentation"] == "crop-flip-erasing"
+    assert json.loads((tmp_path / "run/config.json").read_text())["asked"]["augmentation"] == "crop-flip-erasing"
     assert command_line("--resume", tmp_path / "run", "--epochs", 3, "--augmentation", "crop-erasing-flip") == 0
     message = command_line.one_line("--resume", tmp_path / "run", "--augmentation", "flip-crop")
     assert "--augmentation crop-flip: " in message

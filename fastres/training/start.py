@@ -144,9 +144,9 @@ def settings_of_run(folder: Path, config: TrainConfig, flags: dict[str, Any], ma
     """The settings ``config`` of the run in ``folder``, with ``flags``, of which only ``may_differ`` may change it."""
     before = replace(config, output_dir=folder)
     after = replace(before, **flags)
-    for name, value in flags.items():
+    for name in flags:
         if name not in may_differ and getattr(after, name) != getattr(before, name):
             raise UserError(
-                f"{as_flag(name, value)}: {folder} is a run with {getattr(before, name)}; leave the flag off"
+                f"{as_flag(name, getattr(after, name))}: {folder} is a run with {getattr(before, name)}; leave the flag off"
             )
     return vars(after)
