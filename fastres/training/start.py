@@ -145,8 +145,7 @@ def settings_of_run(folder: Path, config: TrainConfig, flags: dict[str, Any], ma
     before = replace(config, output_dir=folder)
     after = replace(before, **flags)
     for name in flags:
-        if name not in may_differ and getattr(after, name) != getattr(before, name):
-            raise UserError(
-                f"{as_flag(name, getattr(after, name))}: {folder} is a run with {getattr(before, name)}; leave the flag off"
-            )
+        asked, saved = getattr(after, name), getattr(before, name)
+        if name not in may_differ and asked != saved:
+            raise UserError(f"{as_flag(name, asked)}: {folder} is a run with {saved}; leave the flag off")
     return vars(after)
