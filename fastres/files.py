@@ -32,11 +32,15 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
-        mend = "make the folder writable" if getattr(error, "errno", None) in NOT_WRITABLE else "make room"
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = f"cannot be written ({first_line(error)})"
-        raise RunError(f"{path}: {reason}; {mend}, then --resume {path.parent}") from error
+        raise RunError(cannot_be_written(path, error)) from error
+
+
+def cannot_be_written(path: Path, error: Exception) -> str:
+    """The message for a file of a run that could not be written."""
+    mend = "make the folder writable" if getattr(error, "errno", None) in NOT_WRITABLE else "make room"
+    return f"{path}: cannot be written ({first_line(error)}); {mend}, then --resume {path.parent}"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

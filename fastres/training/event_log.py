@@ -10,6 +10,9 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from fastres.errors import RunError
+from fastres.files import cannot_be_written
+
 
 class EventLog:
     """A new file of events in ``folder``, which replaces what older ones hold from ``first_epoch`` on."""
@@ -25,5 +28,8 @@ class EventLog:
         self._append(step=row["epoch"], summary=Summary(value=values))
 
     def _append(self, **content: Any) -> None:
-        with self.path.open("ab") as file:
-            RecordWriter(file).write(Event(wall_time=time.time(), **content).SerializeToString())
+        try:
+            with self.path.open("ab") as file:
+                RecordWriter(file).write(Event(wall_time=time.time(), **content).SerializeToString())
+        except OSError as error:
+            raise RunError(cannot_be_written(self.path, error)) from error

@@ -349,7 +349,7 @@ def test_a_checkpoint_that_does_not_fit_is_said_once(whole, tmp_path):
 
 
 def test_fewer_images_in_the_last_batch_than_processes(arrays, monkeypatch):
-    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    monkeypatch.setattr("fastres.training.hardware.world_size", lambda: 4)
     for batch_size in (8, 20, 28):
         resolve(TrainConfig(**{**SETTINGS, "batch_size": batch_size}), arrays)
     with pytest.raises(UserError, match=r"--batch-size 58.*multiple of the 4 processes"):
@@ -389,7 +389,8 @@ def test_restarts_need_and_recognise_their_folder(one_of_torchrun, command_line,
 
     one_of_torchrun(TORCHELASTIC_RESTART_COUNT="1")
     flags = (*FLAGS, "--epochs", 1, "--warmup-epochs", 0, "--output-dir", tmp_path)
-    (tmp_path / "config.json").touch()  # the first start died before it saved anything
+    for name in (".lock", "config.json"):  # the first start died before it saved anything
+        (tmp_path / name).touch()
     assert command_line(*flags) == 0
     assert "goes on from" not in command_line.out
     assert command_line(*flags) == 0
