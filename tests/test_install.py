@@ -111,7 +111,7 @@ def test_without_the_extension_a_run_on_a_cpu_is_not_fused_and_says_why(environm
     assert done.returncode == 0, done.stderr
     assert "fused off (the C++ extension of fastres is not built; with a C++ compiler, `make setup`" in done.stdout
     assert (done.stdout + done.stderr).count("C++ extension") == 1
-    assert json.loads((tmp_path / "run/config.json").read_text())["fused"] is False
+    assert json.loads((tmp_path / "run/config.json").read_text())["chosen"]["fused"] is False
 
 
 def test_an_extension_for_another_torch_says_what_to_do(environment, tmp_path):

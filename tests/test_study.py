@@ -250,7 +250,7 @@ def test_study_a_is_as_published():
                 for metric, values in same.items():
                     values.append(run.published[metric])
     for name in ("architecture", "augmentation", "zero-gamma"):
-        assert load_study(name).repeated == same
+        assert load_study(name).repeated == {metric: tuple(values) for metric, values in same.items()}
     assert same["best_accuracy"] == [85.80, 85.77, 90.33]
 
 
@@ -260,7 +260,7 @@ def test_study_b_is_as_published():
     assert [(config.model, config.lr, config.init, config.eval_batch_size) for config in configs] == [
         ("resnet18", 0.1, "study-b", 128), ("vgg19_bn_4096", 0.1, "study-b", 128), ("vgg19_4096", 0.01, "study-b", 128),
     ]  # fmt: skip
-    assert [(claim.metric, claim.expect, claim.after) for claim in study_b.conjectures] == [
+    assert [(claim.metric, claim.expect, claim.runs) for claim in study_b.conjectures] == [
         ("mean_accuracy", "higher", ("resnet18", "vgg19-bn")),
         ("best_accuracy", "higher", ("resnet18", "vgg19-bn")),
         ("params_millions", "lower", ("resnet18", "vgg19-bn")),
@@ -417,13 +417,21 @@ def conjecture(**values):
             '[runs."a/b"]\n[runs.low]',
             r"runs.a/b: a run's name is its folder's, so it must not contain a /",
         ),
-        ("[flags]", conjecture(before='["low"]'), r"conjectures: 'grows' needs before and after, two runs each"),
+        (
+            "[flags]",
+            conjecture(before='["low"]'),
+            r"conjectures: to expect 'grows', before and after must name two runs each",
+        ),
         ("[flags]", conjecture(expect='"shrinks"'), r"conjectures: expect must be one of grows, stays positive"),
-        ("[flags]", conjecture(expect='"lower"'), r"conjectures: 'lower' needs runs, two runs each, and no other key"),
+        (
+            "[flags]",
+            conjecture(expect='"lower"'),
+            r"conjectures: to expect 'lower', runs must name two runs each, and nothing else",
+        ),
         (
             "[flags]",
             conjecture(runs='["low", "high"]'),
-            r"conjectures: 'grows' needs before and after, two runs each, and no other key",
+            r"conjectures: to expect 'grows', before and after must name two runs each, and nothing else",
         ),
         ("[flags]", conjecture(metric='"accuracy"'), r"conjectures: metric must be one of best_accuracy, "),
         ("[flags]", "repeated = { best_accuracy = [1] }\n[flags]", r"repeated.best_accuracy: must be a list of two"),

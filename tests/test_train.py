@@ -173,8 +173,11 @@ def test_a_run_goes_on_where_its_extension_is_missing(command_line, flags, tmp_p
     assert "fused on (C++ kernels)" in command_line.out
     monkeypatch.setattr("fastres.training.hardware.extension_error", "the C++ extension does not load; build it")
     resume = ["--resume", tmp_path / "run", "--epochs", "2"]
-    assert "--fused: the C++ extension does not load; build it; or take --no-fused" in command_line.one_line(*resume)
-    assert command_line(*resume, "--no-fused") == 0
+    assert "--fused: the C++ extension does not load; build it; or take --no-fused" in command_line.one_line(
+        *resume, "--fused"
+    )
+    assert command_line(*resume) == 0  # it was auto, and is chosen anew
+    assert "fused off (the C++ extension does not load; build it)" in command_line.out
     assert command_line("--eval", tmp_path / "run") == 0
 
 
