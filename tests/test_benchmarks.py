@@ -220,7 +220,7 @@ def pytest_in_the_root(*arguments):
 )
 def test_tests_and_benchmarks_are_collected_apart(arguments, folder, file):
     printed, imported = pytest_in_the_root("--collect-only", "-q", *arguments)
-    found = {Path(line.split(":")[0]) for line in printed.splitlines() if ".py::" in line}
+    found = {Path(line.split(":")[0]) for line in printed.splitlines() if re.fullmatch(r"\S+\.py: \d+", line)}
     assert {path.parts[0] for path in found} == {folder}
     assert Path(folder, file) in found
     assert ("tests" in imported, "timing" in imported) == (folder == "tests", folder == "benchmarks")

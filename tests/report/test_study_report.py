@@ -22,6 +22,7 @@ from fastres.errors import UserError
 from fastres.report import study_figures
 from fastres.report.results import read_results
 from fastres.report.study import METRICS, as_markdown, first_to, report, table, time_to, write_report
+from fastres.report.style import styled
 
 ACCURACIES = {  # test accuracy of each epoch, in percent
     "vgg": {0: [70, 81, 88, 92, 93, 91], 1: [72, 83, 89, 90, 95, 94]},
@@ -446,11 +447,11 @@ def test_labels_are_text_in_pictures(report_of, study, tmp_path):
     report_of()
     results = [replace(result, label=f"{LABEL} {result.name}") for result in read_results(tmp_path, study)]
     for draw in (study_figures.curves, study_figures.pareto, study_figures.confusion):
-        figure = draw(results, "a $x_$ b")
+        figure = styled(draw)(results, "a $x_$ b")
         texts = {text.get_text(): text for text in figure.findobj(Text)}
         for words in (f"{LABEL} vgg", f"{LABEL} resnet", "a $x_$ b"):
             assert not texts[words].get_parse_math()
-        study_figures.save(figure, tmp_path / "drawn.png")
+        figure.savefig(tmp_path / "drawn.png")
 
 
 def test_figures_have_files_of_their_own(report_of, tmp_path):
