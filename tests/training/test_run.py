@@ -193,6 +193,7 @@ def test_too_little_memory_for_one_image(arrays, tmp_path):
 
 LIMITED = """
 import resource, sys
+import torch._dynamo  # which the first optimizer step imports
 from fastres import train
 mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + 3 * 2**28,) * 2)
