@@ -25,8 +25,8 @@ CPU_OUT_OF_MEMORY = "can't allocate memory"  # in the message of torch's plain R
 
 
 @contextmanager
-def explain_out_of_memory(flag: str, size: int) -> Iterator[None]:
-    """Turns running out of memory into a RunError that advises half of ``size``, the value of ``flag``."""
+def explain_out_of_memory(flag: str, value: int | str) -> Iterator[None]:
+    """Turns running out of memory into a RunError that advises half the ``value`` of ``flag``, or a smaller model."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -35,8 +35,10 @@ def explain_out_of_memory(flag: str, size: int) -> Iterator[None]:
             if cause is None:
                 raise
             cause = cause.__context__  # an aborted capture raises an error of its own
-        mend = f"try {flag} {size // 2}" if size > 1 else "choose a smaller --model"
-        raise RunError(f"{flag} {size}: out of memory; {mend}") from error
+        mend = "choose a smaller --model"
+        if isinstance(value, int) and value > 1:
+            mend = f"try {flag} {value // 2}"
+        raise RunError(f"{flag} {value}: out of memory; {mend}") from error
 
 
 @dataclass
@@ -144,7 +146,8 @@ class Trainer:
             self.forward = compiled(DistributedDataParallel(self.model), config)
         self.replay: Step | None = None  # the step as a CUDA graph
         self.waits: list[tuple[Mark, Mark]] = []  # start and end of each wait for a batch since the last settle
-        self.optimizer = create_optimizer(self.model, config, device)
+        with explain_out_of_memory("--model", config.model):
+            self.optimizer = create_optimizer(self.model, config, device)
         self.lr_factor = lr_factor(
             config.schedule,
             epochs=config.epochs,

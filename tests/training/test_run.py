@@ -196,19 +196,26 @@ import resource, sys
 import torch._dynamo  # which the first optimizer step imports
 from fastres import train
 mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (mapped + 3 * 2**28,) * 2)
-sys.exit(train.main(sys.argv[1:]))
+resource.setrlimit(resource.RLIMIT_AS, (mapped + int(sys.argv[1]),) * 2)
+sys.exit(train.main(sys.argv[2:]))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_memory_that_is_really_too_little(image_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        (3 * 2**27, "--model resnet50: out of memory; choose a smaller --model"),
+        (3 * 2**29, "--batch-size 60: out of memory; try --batch-size 30"),
+    ],
+)
+def test_memory_that_is_really_too_little(memory, message, image_folder, tmp_path):
     flags = ["--model", "resnet50", "--dataset", "folder", "--data-dir", image_folder, "--batch-size", 60]
-    flags += ["--device", "cpu", "--output-dir", tmp_path / "run"]
-    command = [sys.executable, "-c", LIMITED, *map(str, flags)]
+    flags += ["--device", "cpu", "--amp", "off", "--output-dir", tmp_path / "run"]
+    command = [sys.executable, "-c", LIMITED, str(memory), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr == "python -m fastres.train: error: --batch-size 60: out of memory; try --batch-size 30\n"
+    assert done.stderr == f"python -m fastres.train: error: {message}\n"
 
 
 def test_the_best_is_selected_on_the_held_out_part(arrays, tmp_path):
