@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("tiny_vgg11")
 RESUMED_SETTINGS = [
     {"amp": "off", "loader": "dali", "augmentation": "crop-flip"},
     {"amp": "bf16", "loader": "eager", "augmentation": "crop-flip-cutout"},
+    {"amp": "off", "optimizer": "adamw", "schedule": "linear"},
     pytest.param({"device": "cuda", "amp": "fp16"}, marks=pytest.mark.gpu),
     pytest.param({"device": "cuda", "cuda_graphs": False}, marks=pytest.mark.gpu),
 ]

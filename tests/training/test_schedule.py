@@ -39,7 +39,12 @@ def test_cosine_is_torchs():
     assert factors("cosine") == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("schedule", ["multistep", "cosine", "onecycle"])
+def test_linear_is_torchs():
+    expected = torch_factors(lambda optimizer: lr_scheduler.LinearLR(optimizer, 1.0, 0.0, EPOCHS * STEPS))
+    assert factors("linear") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["multistep", "cosine", "linear", "onecycle"])
 def test_warm_up_rises_linearly_to_the_peak(schedule):
     rise = factors(schedule, warmup_epochs=2, milestones=(9,))[: 2 * STEPS + 1]
     first = 1 / (2 * STEPS + 1)  # of the way from where it starts

@@ -94,6 +94,26 @@ def test_an_epoch_is_sgd_step_by_step(nesterov, label_smoothing):
     assert 0 <= result.data_wait_seconds <= result.seconds
 
 
+def test_adamw_is_torchs():
+    def unbiased():  # a bias before a norm has gradients of rounding errors, of which Adam makes whole steps
+        model = small_model()
+        model[0].bias = None
+        return model
+
+    batches = random_batches([8, 8, 5])
+    trainer = make_trainer(batches, unbiased(), optimizer="adamw", momentum=0.8, weight_decay=0.1, lr=0.01)
+    train_epoch(trainer, batches)
+
+    model = unbiased()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.8, 0.999), weight_decay=0.1)
+    for images, labels in batches.batches:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    for ours, reference in zip(trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
 class SlowBatches(Batches):
     """Each batch takes 20 ms."""
 
