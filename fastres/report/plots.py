@@ -39,7 +39,7 @@ def plot_curves(folder: Path, title: str) -> Path:
         number_plainly(loss.yaxis)
     accuracy.set(xlabel="epoch", ylabel="accuracy, %")
     for axes in (loss, accuracy):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     accuracy.legend()
     figure.suptitle(title)
     path = folder / "curves.png"

@@ -70,7 +70,7 @@ def curves(results: list[Results], note: str) -> Figure:
     loss.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
     number_plainly(loss.yaxis)
     for axes in (accuracy, loss):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
 
 
