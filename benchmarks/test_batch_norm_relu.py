@@ -20,7 +20,7 @@ from fastres.ops.batch_norm_relu import reference
 from fastres.profiling.measure import interleave
 
 BATCH = int(os.environ.get("FASTRES_BENCHMARK_BATCH", "128"))
-ROUNDS = 9
+ROUNDS = 5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILE_OPTIONS = {"max_autotune": True} if DEVICE == "cuda" else {}
 

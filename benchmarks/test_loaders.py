@@ -22,7 +22,7 @@ from fastres.profiling.measure import interleave, planned_loader
 
 BATCH = 128
 IMAGES = 390 * BATCH  # an epoch of CIFAR-10
-ROUNDS = 5
+ROUNDS = 3
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
