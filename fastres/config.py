@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from fastres.data.datasets import DATASETS
 from fastres.data.plan import STEPS, canonical_augmentation
 from fastres.errors import UserError
-from fastres.fields import as_flag, check_fields, check_names, flag, read_value
+from fastres.fields import as_flag, check_fields, flag
 from fastres.models import INITS, MODELS
 from fastres.training.optimizer import OPTIMIZERS
 from fastres.training.schedule import SCHEDULES
@@ -206,14 +206,6 @@ class TrainConfig:
                 raise UserError(message)
         # one spelling of equal settings, for config.json and for comparisons
         object.__setattr__(self, "augmentation", canonical_augmentation(self.augmentation))
-
-
-def read_settings(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Settings of TrainConfig from ``values`` of TOML or Python, whose names may have dashes for underscores."""
-    hints, prefix = get_type_hints(TrainConfig), f"{where}." if where else ""
-    settings = {key.replace("-", "_"): value for key, value in values.items()}
-    check_names(settings, hints, prefix)
-    return {name: read_value(value, hints[name], prefix + name) for name, value in settings.items()}
 
 
 def over_recipe(given: Mapping[str, Any]) -> dict[str, Any]:

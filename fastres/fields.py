@@ -106,15 +106,20 @@ def check_table(value: Any, where: str) -> dict[str, Any]:
 
 def read_table(cls: type[T], values: Any, where: str = "") -> T:
     """The dataclass ``cls`` from a table of TOML or JSON, whose keys are its fields, with - or _ between words."""
+    read = read_fields(cls, values, where)
+    for item in fields(cls):  # type: ignore[arg-type]
+        if item.default is item.default_factory is MISSING and item.name not in read:
+            raise UserError(f"{where}.{item.name}: is missing" if where else f"{item.name}: is missing")
+    with named(where) if where else nullcontext():
+        return cls(**read)
+
+
+def read_fields(cls: type, values: Any, where: str = "") -> dict[str, Any]:
+    """Those fields of the dataclass ``cls`` that the table ``values`` has, by name."""
     hints, prefix = get_type_hints(cls), f"{where}." if where else ""
     given = {str(key).replace("-", "_"): value for key, value in check_table(values, where).items()}
     check_names(given, hints, prefix)
-    for item in fields(cls):  # type: ignore[arg-type]
-        if item.default is item.default_factory is MISSING and item.name not in given:
-            raise UserError(f"{prefix}{item.name}: is missing")
-    read = {name: read_value(value, hints[name], prefix + name) for name, value in given.items()}
-    with named(where) if where else nullcontext():
-        return cls(**read)
+    return {name: read_value(value, hints[name], prefix + name) for name, value in given.items()}
 
 
 def check_names(given: Collection[str], known: Collection[str], prefix: str = "") -> None:

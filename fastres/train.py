@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastres.config import TrainConfig, read_settings
+from fastres.config import TrainConfig
 from fastres.errors import UserError
-from fastres.fields import path
+from fastres.fields import path, read_fields
 from fastres.files import read_json
 from fastres.flags import STOP_WITH_STDIN, Parser, add_flags, open_console, run_command, terminate_with_stdin
 from fastres.report.plots import plot_curves
@@ -72,7 +72,7 @@ def fit(*, resume: str | Path | None = None, quiet: bool = False, **settings: An
         quiet: print nothing.
         settings: the command's flags, with underscores; ``output_dir`` is the run's folder.
     """
-    return train(read_settings(settings), path(str(resume)) if resume else None, open_console(quiet))
+    return train(read_fields(TrainConfig, settings), path(str(resume)) if resume else None, open_console(quiet))
 
 
 def show_progress(run: Run, console: Console) -> dict[str, Any]:

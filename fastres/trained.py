@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastres.errors import UserError
+from fastres.fields import path
 from fastres.files import read_json
 from fastres.models import create_model
 from fastres.training.checkpoint import load_weights
@@ -43,7 +44,7 @@ def load_model(run: str | Path, weights: str = "best") -> TrainedModel:
     Args:
         weights: ``best``, of the best epoch, or ``last``, of the last epoch of a finished run.
     """
-    folder = Path(run).expanduser()
+    folder = path(str(run))
     if weights not in WEIGHTS:
         raise UserError(f"weights {weights!r}: choose from {', '.join(WEIGHTS)}")
     saved = read_saved(read_json(folder / "config.json"), folder / "config.json")

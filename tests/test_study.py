@@ -471,7 +471,8 @@ def test_bad_flags(arguments, message, command_line, flags, tmp_path):
 
 
 def test_an_unknown_study(command_line):
-    assert "architectur: no such study; choose from architecture, " in command_line.one_line("architectur")
+    for name in ("architectur", "~nobody9/x.toml"):
+        assert f"{name}: no such study; choose from architecture, " in command_line.one_line(name)
 
 
 def test_a_file_can_set_every_flag_but_the_reserved():

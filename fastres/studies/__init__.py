@@ -22,9 +22,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastres.config import INT32_MAX, read_settings
+from fastres.config import INT32_MAX, TrainConfig
 from fastres.errors import UserError, named
-from fastres.fields import check_names, read_table
+from fastres.fields import check_names, read_fields, read_table
+from fastres.fields import path as path_of
 
 BUILT_IN = Path(__file__).parent
 METRICS = (
@@ -142,7 +143,7 @@ def list_studies() -> list[str]:
 
 def load_study(name: str) -> Study:
     """The built-in study called ``name``, or that of the TOML file at that path."""
-    path = Path(name).expanduser() if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
+    path = path_of(name) if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
     if not path.is_file():
         raise UserError(f"{name}: no such study; choose from {', '.join(list_studies())}, or give a .toml file")
     try:
@@ -205,7 +206,7 @@ def definitions(where: str, tables: dict[str, RunTable]) -> list[RunDefinition]:
 
 def read_flags(where: str, values: dict[str, Any]) -> dict[str, Any]:
     """The settings in ``values``, whose keys are flags without the two dashes in front."""
-    settings = read_settings(values, where)
+    settings = read_fields(TrainConfig, values, where)
     for name in settings:
         if name in RESERVED:
             raise UserError(f"{where}.{name}: leave it out; {RESERVED[name]}")
