@@ -19,8 +19,9 @@ import pandas as pd
 
 from fastres.errors import UserError
 from fastres.files import read_json
+from fastres.report.page import as_markdown, table
 from fastres.report.results import one_of_each_model, read_results
-from fastres.report.study import as_markdown, scale_line, table
+from fastres.report.study import scale_line
 
 DOCUMENTS = ("README.md", "docs/measurements.md")
 Content = dict[str, Any]

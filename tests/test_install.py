@@ -86,7 +86,7 @@ def test_a_wheel_is_built_without_a_compiler_and_says_so(built_without_a_compile
     assert wheel.name == f"fastres-{fastres.__version__}-py3-none-any.whl"
     files = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fastres/")}
     assert files == files_of_package(ROOT)
-    templates = {"fastres/report/study.html", "fastres/report/study.md.j2"}
+    templates = {"fastres/report/page.html", "fastres/report/study.md.j2"}
     assert templates | {"fastres/py.typed", "fastres/studies/residual.toml"} <= files
 
 

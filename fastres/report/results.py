@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import pandas as pd
 
 from fastres.errors import UserError
 from fastres.files import read_json
+from fastres.report.statistics import CONFIDENCE, Difference, difference
 from fastres.training.history import check_history
 
 FIRST_EPOCHS = 5  # the early part of a run that Study A compares
@@ -31,10 +32,7 @@ SUMMARY: dict[Any, tuple[str, ...]] = {  # the part of summary.json that a repor
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds and their sample standard deviation, or a difference of means and its standard error.
-
-    The error is NaN for a single seed, the value for a figure that a run does not have.
-    """
+    """A mean over seeds and their sample standard deviation, which is NaN for a single seed."""
 
     value: float
     error: float = math.nan
@@ -43,33 +41,43 @@ class Estimate(NamedTuple):
     def of(cls, values: pd.Series) -> "Estimate":
         return cls(values.mean(), values.std())
 
-    def text(self, digits: int = 2, sign: str = "") -> str:
-        """``1,234.50 ± 0.25``, or nothing for NaN. A ``sign`` of "+" is shown, too."""
+    def text(self, digits: int = 2) -> str:
+        """``1,234.50 ± 0.25``, or nothing for NaN."""
         error = "" if math.isnan(self.error) else f" ± {self.error:,.{digits}f}"
-        return "" if math.isnan(self.value) else f"{self.value:{sign},.{digits}f}{error}"
+        return "" if math.isnan(self.value) else f"{self.value:,.{digits}f}{error}"
 
 
 @dataclass(frozen=True)
 class Results:
-    """A row of a study: what its runs wrote, one for each seed, and the summary of its model in eager PyTorch.
+    """A group of runs that differ in the seed: a row of a study.
 
     history: a row for each epoch, columns by name and seed; ``history["test_accuracy"]`` has a column for each seed.
+    published, forward_gflop, eager: of a study's row; ``eager`` is the summary of its model in eager PyTorch.
     """
 
     name: str
     label: str
-    published: dict[str, float]
-    forward_gflop: float
     history: pd.DataFrame
     summaries: list[dict[str, Any]]
-    eager: dict[str, Any] | None
+    published: dict[str, float] = field(default_factory=dict)
+    forward_gflop: float = math.nan
+    eager: dict[str, Any] | None = None
+
+    @classmethod
+    def read(cls, name: str, label: str, folders: Sequence[Path], **row: Any) -> "Results":
+        """Reads the runs in ``folders``. Raises OSError or ValueError, too, if one is missing or damaged."""
+        summaries = [read_summary(folder) for folder in folders]
+        histories = [read_history(folder) for folder in folders]
+        seeds = [summary["seed"] for summary in summaries]
+        return cls(name, label, pd.concat(histories, axis=1, keys=seeds).swaplevel(axis=1), summaries, **row)
 
     @cached_property
     def figures(self) -> pd.DataFrame:
         """A row for each seed: summary.json, and ``mean_accuracy`` and ``spread``, which are mean and sample standard
         deviation of the test accuracy in the first epochs; the spread of a single epoch is NaN."""
         first = self.history["test_accuracy"][:FIRST_EPOCHS]
-        return pd.DataFrame(self.summaries).assign(mean_accuracy=first.mean(), spread=first.std())
+        figures = pd.DataFrame(self.summaries).set_index("seed", drop=False)
+        return figures.assign(mean_accuracy=first.mean(), spread=first.std())
 
     @cached_property
     def means(self) -> pd.Series:
@@ -78,14 +86,15 @@ class Results:
     def estimate(self, metric: str) -> Estimate:
         return Estimate(self.means[metric]) if metric in CONSTANT else Estimate.of(self.figures[metric])
 
-    def minus(self, other: "Results", metric: str) -> Estimate:
-        """The difference of the means, and its standard error where both have several seeds."""
-        ours, theirs = self.figures[metric], other.figures[metric]
-        return Estimate(ours.mean() - theirs.mean(), math.hypot(ours.sem(), theirs.sem()))
+    def minus(self, other: "Results", metric: str, confidence: float = CONFIDENCE) -> Difference:
+        """The difference of the means; of constant figures without an interval."""
+        if metric in CONSTANT:
+            return Difference(self.means[metric] - other.means[metric])
+        return difference(self.figures[metric], other.figures[metric], confidence)
 
-    def published_minus(self, other: "Results", metric: str) -> Estimate:
+    def published_minus(self, other: "Results", metric: str) -> Difference:
         """The difference of the published figures; NaN unless both are known."""
-        return Estimate(self.published.get(metric, math.nan) - other.published.get(metric, math.nan))
+        return Difference(self.published.get(metric, math.nan) - other.published.get(metric, math.nan))
 
     @property
     def model(self) -> str:
@@ -106,13 +115,12 @@ def read_results(folder: Path, study: dict[str, Any]) -> list[Results]:
     """The results in ``folder`` of the runs that ``study``, the content of study.json, names."""
     try:
         return [
-            Results(
-                name=run["name"],
-                label=run["label"],
+            Results.read(
+                run["name"],
+                run["label"],
+                [folder / name for name in run["folders"]],
                 published=run["published"],
                 forward_gflop=run["forward_gflop"],
-                history=by_column([read_history(folder / name) for name in run["folders"]]),
-                summaries=[read_summary(folder / name) for name in run["folders"]],
                 eager=read_summary(folder / run["eager_folder"]) if run["eager_folder"] else None,
             )
             for run in study["runs"]
@@ -132,11 +140,6 @@ def read_history(folder: Path) -> pd.DataFrame:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return history
-
-
-def by_column(histories: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The histories of all seeds side by side, as in ``Results``."""
-    return pd.concat(histories, axis=1, keys=range(len(histories))).swaplevel(axis=1)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

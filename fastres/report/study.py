@@ -1,22 +1,15 @@
 """The report of a study, from study.json and the folders of its runs: report.md with its figures, and report.html with
 the pictures inside, which needs no network. The sentences are in study.md.j2."""
 
-import base64
-import json
-import math
-import re
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import markdown
-import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-
 from fastres.files import read_json
+from fastres.report.figures import draw_figures
+from fastres.report.page import as_markdown, fill, table_of, write_page
 from fastres.report.results import CONSTANT, FIRST_EPOCHS, Estimate, Results, decoded, one_of_each_model, read_results
-from fastres.report.study_figures import draw_figures
+from fastres.report.statistics import CONFIDENCE, TOST, Difference, anytime_interval, decided, difference, more_seeds
 
 TARGETS = (80, 85, 90)  # test accuracies in % whose time-to-reach is reported
 
@@ -52,17 +45,7 @@ def write_report(folder: Path, price_per_hour: float = 0.0) -> Path:
     scale = scale_line(study)
     figures = draw_figures(folder / "figures", study["figures"], results, scale)
     content = report(study, results, figures, price_per_hour)
-    (folder / "report.md").write_text(content, encoding="utf-8")
-    body = markdown.markdown(content, extensions=["tables"])
-    for path in figures:
-        picture = base64.b64encode((folder / path).read_bytes()).decode()
-        body = body.replace(f'src="{path}" />', f'src="data:image/png;base64,{picture}" />')
-    scale_string = json.dumps(scale, ensure_ascii=False).replace("<", r"\3c ")  # of CSS
-    page = TEMPLATES.get_template("study.html").render(
-        title=study["title"], scale=scale, scale_string=scale_string, body=body
-    )
-    (folder / "report.html").write_text(page, encoding="utf-8")
-    return folder / "report.html"
+    return write_page(folder, "report", study["title"], scale, content, figures)
 
 
 def report(study: dict[str, Any], results: list[Results], figures: dict[str, str], price_per_hour: float) -> str:
@@ -70,7 +53,8 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
     changes = any(item["before"] != item["after"] for item in study["conjectures"])
     compared = [] if changes else results  # a claim about a change is about two tables, not about rows of one
     summaries = [summary for result in results for summary in result.summaries]
-    text = TEMPLATES.get_template("study.md.j2").render(
+    return fill(
+        "study.md.j2",
         study=study,
         scale=scale_line(study),
         results=results,
@@ -88,8 +72,17 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         cost_table=cost_table(results),
         time_table=time_table(results, price_per_hour),
         first_to={target: first_to(results, target) for target in TARGETS},
+        decisions=decisions(results, study["decide"]) if study.get("decide") else [],
+        growth=growth,
+        verdict=verdict,
+        CONFIDENCE=CONFIDENCE,
+        TOST=TOST,
+        CONSTANT=CONSTANT,
+        METRICS=METRICS,
+        FIRST_EPOCHS=FIRST_EPOCHS,
+        Estimate=Estimate,
+        rate=rate,
     )
-    return re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n"
 
 
 def scale_line(study: dict[str, Any]) -> str:
@@ -104,16 +97,51 @@ def scale_line(study: dict[str, Any]) -> str:
     return f"{line}; changed on the command line: {changed}" if changed else line
 
 
-def verdict(expect: str, before: Estimate, after: Estimate, constant: bool) -> str:
-    """Whether the difference ``after`` is, or does since ``before``, what a conjecture expects."""
-    value, error = after
-    if expect == "grows":
-        value, error = after.value - before.value, math.hypot(before.error, after.error)
-    elif expect == "lower":
-        value = -value
-    if abs(value) < 2 * error:
+def growth(before: Sequence[Results], after: Sequence[Results], metric: str) -> Difference:
+    """How much larger the difference of the two runs ``after`` a change is than that of the two ``before`` it."""
+    changes = [first.figures[metric] - second.figures[metric] for first, second in (after, before)]
+    return difference(*changes)
+
+
+def verdict(expect: str, found: Difference, constant: bool = False, margin: float = 0.0) -> str:
+    """Whether ``found`` is what a conjecture expects. ``constant``: of figures that do not depend on the seed."""
+    if expect == "equivalent":
+        return ("Yes" if abs(found.value) < margin else "No") if decided(found, margin) else "Not decided"
+    if found.sign == 0 and not constant:
         return "Not decided"
-    return ("Yes" if value > 0 else "No") + (", by one seed" if math.isnan(error) and not constant else "")
+    fits = found.value < 0 if expect == "lower" else found.value > 0
+    return ("Yes" if fits else "No") + (", by one seed" if found.sign is None and not constant else "")
+
+
+class Decision(NamedTuple):
+    """Of a run against the first of the study: its verdict, and about how many seeds are missing to it."""
+
+    label: str
+    interval: Difference
+    verdict: str
+    more: int | None
+
+
+def decisions(results: list[Results], margin: float) -> list[Decision]:
+    """Whether each run's accuracy at the last epoch differs from the first run's by more than ``margin`` points.
+
+    Wrong in any of them, after any number of seeds, with a probability of at most 1 - CONFIDENCE: by Bonferroni over
+    the runs, and by ``anytime_interval`` over the seeds.
+    """
+    first, *others = results
+    found = []
+    for other in others:
+        changes = (other.figures["last_accuracy"] - first.figures["last_accuracy"]).dropna()
+        rate = (1 - CONFIDENCE) / len(others)
+        interval, more = anytime_interval(changes, rate), None
+        if not decided(interval, margin):
+            words, more = "not decided", more_seeds(changes, margin, rate)
+        elif abs(interval.value) < margin:
+            words = f"the same within {margin:g} points"
+        else:
+            words = f"{'higher' if interval.value > 0 else 'lower'} by more than {margin:g} points"
+        found.append(Decision(other.label, interval, words, more))
+    return found
 
 
 def accuracy_table(results: list[Results]) -> str:
@@ -204,38 +232,3 @@ def first_to(results: list[Results], target: float) -> tuple[float, str] | None:
 def rate(estimate: Estimate) -> str:
     """Images a second, to three digits at least."""
     return estimate.text(0 if estimate.value >= 100 else 1)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right. The cells are Markdown; a | in them is escaped here."""
-    header, *rows = ([cell.replace("|", r"\|") for cell in cells] for cells in (header, *rows))
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def table_of(rows: Sequence[dict[str, str]]) -> str:
-    """A Markdown table. ``rows`` are cells by column; missing ones are empty."""
-    frame = pd.DataFrame(rows).fillna("")
-    return table(list(frame), frame.to_numpy().tolist())
-
-
-def as_markdown(text: str) -> str:
-    """``text`` as one line of Markdown that shows it literally; ``table`` escapes the | in its cells."""
-    text = re.sub(r"[\\`*\[\]#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", " ".join(text.split()))
-    text = re.sub(r"^(\d*)([-+.)])", r"\1\\\2", text)  # would begin a list
-    return escape(text, quote=False).replace("~", "&#126;")
-
-
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent),
-    autoescape=select_autoescape(),
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    keep_trailing_newline=True,
-)
-TEMPLATES.filters["as_markdown"] = as_markdown
-TEMPLATES.tests["nan"] = math.isnan
-TEMPLATES.globals |= {
-    "METRICS": METRICS, "CONSTANT": CONSTANT, "FIRST_EPOCHS": FIRST_EPOCHS,
-    "Estimate": Estimate, "rate": rate, "verdict": verdict,
-}  # fmt: skip

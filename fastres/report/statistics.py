@@ -1,0 +1,93 @@
+"""Differences between the runs of two groups, and how sure they are. The t distribution and its tests are SciPy's."""
+
+import math
+import warnings
+from typing import NamedTuple
+
+import pandas as pd
+from scipy import stats
+
+CONFIDENCE = 0.95
+TOST = 0.90  # confidence whose interval is inside the margin when two one-sided tests at 5 % are both significant
+EFFECT_VARIANCE = 4.0  # of the prior of mean / standard deviation in ``anytime_interval``
+MOST_SEEDS = 1000  # looked ahead to
+
+
+class Difference(NamedTuple):
+    """A difference between two means, and its confidence interval from ``low`` to ``high``.
+
+    df: degrees of freedom of the t distribution. NaN, like the interval, where there are too few runs.
+    pairs: the number of seeds by which the runs were paired; 0 for unpaired runs.
+    """
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    df: float = math.nan
+    pairs: int = 0
+
+    def text(self, digits: int = 2) -> str:
+        """``+1.50 (+0.25 to +2.75)``; the value without an interval if it has no interval."""
+        interval = "" if math.isnan(self.low) else f" ({self.low:+,.{digits}f} to {self.high:+,.{digits}f})"
+        return f"{self.value:+,.{digits}f}{interval}"
+
+    @property
+    def sign(self) -> int | None:
+        """1 or -1 for an interval above or below 0; 0 if it includes 0; None if there is no interval."""
+        return None if math.isnan(self.low) else int(self.low > 0) - int(self.high < 0)
+
+
+def difference(ours: pd.Series, theirs: pd.Series, confidence: float = CONFIDENCE) -> Difference:
+    """The mean of ``ours`` minus the mean of ``theirs``, whose index is the seed.
+
+    Paired over the seeds that both have, if there are two of them (Student's t test); otherwise unpaired (Welch's).
+    """
+    shared = ours.index.intersection(theirs.index)
+    paired = len(shared) > 1
+    if paired:
+        ours, theirs = ours[shared], theirs[shared]
+    value = ours.mean() - theirs.mean()
+    if min(len(ours), len(theirs)) < 2:
+        return Difference(value)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # about equal values, whose error is 0
+        test = stats.ttest_rel(ours, theirs) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
+        return Difference(value, *test.confidence_interval(confidence), test.df, len(shared) * paired)
+
+
+def anytime_interval(changes: pd.Series, error_rate: float) -> Difference:
+    """The mean of ``changes``, and an interval that may be looked at after every one of them.
+
+    The probability that any of the intervals of a growing sample misses the mean is at most ``error_rate``, if the
+    changes are normally distributed. It inverts the Bayes factor of the t test with a normal prior of the effect size
+    (Gönen et al., "The Bayesian two-sample t test", 2005), which is a test martingale (Wang & Ramdas, "Anytime-valid
+    t-tests and confidence sequences for Gaussian means with unknown variance", 2025, arXiv:2310.03722).
+    """
+    n = len(changes)
+    mean = float(changes.mean())
+    width = math.inf
+    if n > 1:
+        growth = 1 + n * EFFECT_VARIANCE
+        ratio = (math.sqrt(growth) / error_rate) ** (2 / n)
+        if ratio < growth:
+            t = math.sqrt((n - 1) * (ratio - 1) / (1 - ratio / growth))
+            width = t * float(changes.sem())
+    return Difference(mean, mean - width, mean + width, n - 1, n)
+
+
+def decided(interval: Difference, margin: float) -> bool:
+    """Whether ``interval`` excludes ``margin`` and its negative: it is beyond one of them, or between the two."""
+    return all(bound < interval.low or interval.high < bound for bound in (-margin, margin))
+
+
+def more_seeds(changes: pd.Series, margin: float, error_rate: float) -> int | None:
+    """About how many more changes it takes to decide, if mean and standard deviation stay what they are.
+
+    None beyond MOST_SEEDS.
+    """
+    spread = changes.std()
+    for n in range(len(changes), MOST_SEEDS):
+        # n values with the same mean and standard deviation
+        like = pd.Series([-1.0, 1.0] * (n // 2) + [0.0] * (n % 2))
+        if n > 1 and decided(anytime_interval(like / like.std() * spread + changes.mean(), error_rate), margin):
+            return n - len(changes)
+    return None
