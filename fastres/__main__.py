@@ -1,4 +1,4 @@
-"""The command ``fastres``: train, profile or study."""
+"""The command ``fastres``: train, profile, compare, study."""
 
 import importlib
 import sys
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train a model, or evaluate a finished run again",
     "profile": "measure what each step from eager PyTorch to fastres gains",
+    "compare": "tell whether groups of runs differ, and what they cost",
     "study": "train all runs of a study and write its report",
 }
 

@@ -16,10 +16,10 @@ LAYERS = (  # from the bottom; a module may import from its own layer and from t
     ("config", "flags", "studies"),
     ("training", "profiling"),
     ("report", "trained"),
-    ("train", "study", "profile"),
+    ("train", "study", "profile", "compare"),
     ("__main__",),
 )
-COMMANDS = {"train", "study", "profile"}
+COMMANDS = {"train", "study", "profile", "compare"}
 
 
 def module_name(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Figures of a study. Each shows a note, the line that says at which scale the study was done."""
 
 import re
+from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from fastres.report.results import Results
 from fastres.report.style import number_plainly, styled
 
+CURVES = "Accuracy and loss against epoch"
 COLORS = list(colors.TABLEAU_COLORS)
 FEW_EPOCHS = 30  # up to here a point is marked at each
 CONFUSION_COLUMNS = 3
@@ -25,16 +27,27 @@ NOTE: dict[str, Any] = {"fontsize": "small", "color": "0.4"}
 
 @styled
 def draw_figures(folder: Path, chosen: list[dict[str, Any]], results: list[Results], note: str) -> dict[str, str]:
-    """Draws all figures to ``folder``, and returns their titles by path in the report.
+    """Draws all figures of a study to ``folder``, and returns their titles by path in the report.
 
     ``chosen`` names the titles and runs of the curves; without any, one figure shows all runs.
     """
-    folder.mkdir(exist_ok=True)
     by_name = {result.name: result for result in results}
-    chosen = chosen or [{"title": "Accuracy and loss against epoch", "runs": list(by_name)}]
+    chosen = chosen or [{"title": CURVES, "runs": list(by_name)}]
     drawn = [(figure["title"], curves([by_name[name] for name in figure["runs"]], note)) for figure in chosen]
     drawn.append(("Accuracy against seconds of training", pareto(results, note)))
     drawn.append(("Confusion of the best epoch", confusion(results, note)))
+    return save_figures(folder, drawn)
+
+
+@styled
+def draw_comparison(folder: Path, results: list[Results]) -> dict[str, str]:
+    """Draws the figures of a comparison, like ``draw_figures``."""
+    return save_figures(folder, [(CURVES, curves(results)), ("Accuracy against seconds of training", pareto(results))])
+
+
+def save_figures(folder: Path, drawn: Iterable[tuple[str, Figure]]) -> dict[str, str]:
+    """Saves figures to ``folder``, and returns their titles by path in the report."""
+    folder.mkdir(exist_ok=True)
     titles: dict[str, str] = {}
     for title, picture in drawn:
         name = re.sub(r"[^a-z0-9]+", "-", title.lower())[:MAX_NAME].strip("-") or "figure"
@@ -45,7 +58,7 @@ def draw_figures(folder: Path, chosen: list[dict[str, Any]], results: list[Resul
     return titles
 
 
-def curves(results: list[Results], note: str) -> Figure:
+def curves(results: list[Results], note: str = "") -> Figure:
     """Accuracy and loss against epoch: mean over seeds, from the lowest to the highest shaded."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     figure.suptitle(note, **NOTE)
@@ -82,7 +95,7 @@ def over_seeds(axes: Axes, result: Results, column: str, color: str, **style: An
         axes.fill_between(epochs, values.min(axis=1), values.max(axis=1), color=color, alpha=0.12, linewidth=0)
 
 
-def pareto(results: list[Results], note: str) -> Figure:
+def pareto(results: list[Results], note: str = "") -> Figure:
     """Test accuracy against seconds of training, a point an epoch, and the best that any run has by then."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     figure.suptitle(note, **NOTE)

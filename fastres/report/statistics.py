@@ -51,7 +51,8 @@ def difference(ours: pd.Series, theirs: pd.Series, confidence: float = CONFIDENC
         return Difference(value)
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # about equal values, whose error is 0
         test = stats.ttest_rel(ours, theirs) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
-        return Difference(value, *test.confidence_interval(confidence), test.df, len(shared) * paired)
+        low, high = test.confidence_interval(confidence)
+        return Difference(value, low, high, test.df, len(shared) * paired)
 
 
 def anytime_interval(changes: pd.Series, error_rate: float) -> Difference:
