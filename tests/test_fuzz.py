@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load, save_file
 
-from fastres import study, train
+from fastres import train
 from fastres.config import TrainConfig
 from fastres.data.dali import decode
 from fastres.data.datasets import DATASETS, decode_image, digits, load_dataset
@@ -31,6 +31,7 @@ from fastres.errors import Interrupted, UserError
 from fastres.flags import Parser, add_flags
 from fastres.models import MODELS
 from fastres.studies import load_study
+from fastres.studies.plan import Planner, StudyConfig
 from fastres.training.checkpoint import read_checkpoint
 from fastres.training.start import open_run
 from tests.conftest import tiny_model
@@ -371,8 +372,7 @@ WORDS = [
 
 @cases(75)
 @given(st.data())
-def test_study_files(arrays, tmp_path, monkeypatch, data):
-    monkeypatch.setattr(study, "load_dataset", lambda *_: (arrays, "arrays"))
+def test_study_files(arrays, tmp_path, data):
     path = tmp_path / "study.toml"
     if data.draw(st.booleans()):
         path.write_bytes(data.draw(damaged(TINY.encode())))
@@ -383,5 +383,5 @@ def test_study_files(arrays, tmp_path, monkeypatch, data):
             tokens[chance.randrange(1, len(tokens), 2)] = chance.choice(WORDS)
         path.write_text("".join(tokens))
     with one_line():
-        definition = load_study(str(path))
-        assert study.plan(definition, study.StudyConfig(eager_cost=False), {"device": "cpu"}, tmp_path / "out")
+        flags, config, load = {"device": "cpu"}, StudyConfig(eager_cost=False), lambda *_: (arrays, "arrays")
+        assert Planner(load_study(str(path)), config, flags, tmp_path / "out", load).plan([0])

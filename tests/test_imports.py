@@ -16,6 +16,7 @@ LAYERS = (  # from the bottom; a module may import from its own layer and from t
     ("config", "flags", "studies"),
     ("training", "profiling"),
     ("report", "trained"),
+    ("studies.plan", "studies.estimate", "studies.execute"),
     ("train", "study", "profile", "compare"),
     ("__main__",),
 )

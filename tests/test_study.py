@@ -19,9 +19,11 @@ from fastres.errors import UserError
 from fastres.fields import KINDS, required
 from fastres.files import claimed
 from fastres.flags import open_console
-from fastres.studies import RESERVED, RunDefinition, Study, list_studies, load_study
+from fastres.studies import RESERVED, RunDefinition, Study, estimate, execute, list_studies, load_study
+from fastres.studies.plan import Planner, StudyConfig
 from fastres.training.checkpoint import read_checkpoint
 from tests.conftest import CommandLine
+from tests.report.test_study_report import write_run
 
 TINY = """
 title = "Two learning rates"
@@ -51,6 +53,12 @@ def study_file(tmp_path):
 @pytest.fixture
 def command_line(capfd):
     return CommandLine(capfd, study.main)
+
+
+@pytest.fixture
+def tiny_runs(monkeypatch):
+    """The study's runs train the tiny model."""
+    monkeypatch.setattr(execute, "COMMAND", (sys.executable, "-m", "tests.training.tiny_job"))
 
 
 @pytest.fixture
@@ -141,6 +149,115 @@ def test_an_interrupted_study_goes_on(command_line, flags, tmp_path):
     assert f"begun {begun}" in (out / "report.md").read_text()
 
 
+def write_finished(folder, accuracy):
+    """The part of a finished run's folder that a study and its report read."""
+    write_run(folder, "vgg11", [accuracy], 1.0, int(folder.name.rpartition("seed")[2]))
+
+
+def decide(monkeypatch, command_line, flags, change):
+    """A study of the runs ``low`` and ``high``, whose accuracies differ by ``change(seed)``: what it printed."""
+
+    def train(executor, runs, advance, done):
+        for run in runs:
+            seed = run.config.seed
+            write_finished(run.folder, 80 + seed + (change(seed) if run.name.startswith("high") else 0))
+            done(run, json.loads((run.folder / "summary.json").read_text()))
+
+    monkeypatch.setattr(execute.Executor, "train", train)
+    assert command_line(*flags, "--no-eager-cost") == 0
+    return command_line.out
+
+
+def test_a_study_adds_seeds_until_it_is_decided(monkeypatch, command_line, flags, tmp_path):
+    out = decide(monkeypatch, command_line, [*flags, "--decide", 0.3], lambda seed: 2 + 0.1 * (-1) ** seed)
+    lines = [line for line in out.splitlines() if line.startswith("high rate minus low")]
+    assert lines[0].endswith("after 1 seed: not decided")
+    assert "after 2 seeds: not decided; it would take about" in lines[1]
+    assert "higher by more than 0.3 points" in lines[-1]
+    assert 3 <= len(lines) <= 8
+    described = json.loads((tmp_path / "out/study.json").read_text())
+    assert len(described["runs"][0]["folders"]) == len(lines)
+    report = (tmp_path / "out/report.md").read_text()
+    assert lines[-1] in report
+    assert "at most 5 %" in report
+
+
+def test_runs_that_hardly_differ_are_the_same(monkeypatch, command_line, flags):
+    out = decide(monkeypatch, command_line, [*flags, "--decide", 1], lambda seed: 0.1 * (-1) ** seed)
+    assert "the same within 1 points" in out.splitlines()[-2]
+
+
+def test_a_study_stops_at_its_limits(monkeypatch, command_line, flags, tmp_path):
+    out = decide(monkeypatch, command_line, [*flags, "--decide", 0.3, "--max-seeds", 3], lambda seed: 3 * (-1) ** seed)
+    assert out.splitlines()[-2] == "undecided with --max-seeds 3"
+    assert re.search(r"after 3 seeds: not decided; it would take (about|over) [\d,]+ more seeds", out)
+    flags = [*flags[:-1], tmp_path / "again", "--decide", 0.3, "--max-hours", 1e-9]
+    assert "another seed would make it" in decide(monkeypatch, command_line, flags, lambda seed: 3 * (-1) ** seed)
+    assert len(list((tmp_path / "again").glob("*-seed*"))) == 2
+
+
+def test_runs_side_by_side_end_as_one_after_another(command_line, tiny_runs, flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    histories = []
+    for jobs in (1, 2):
+        out = tmp_path / f"out{jobs}"
+        assert command_line(*flags[:-1], out, "--no-eager-cost", "--jobs", jobs, "--epochs", 2) == 0
+        runs = [pd.read_csv(out / f"{name}-seed0/history.csv") for name in ("low", "high")]
+        histories.append(
+            [run.drop(columns=["epoch_seconds", "images_per_second", "data_wait_seconds"]) for run in runs]
+        )
+    for alone, beside in zip(*histories, strict=True):
+        pd.testing.assert_frame_equal(alone, beside, check_exact=True)
+    assert "2 runs were trained side by side" in (tmp_path / "out2/report.md").read_text()
+    assert "side by side" not in (tmp_path / "out1/report.md").read_text()
+
+
+def test_each_job_has_its_own_cores_or_gpu(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 4, 6, 8})
+    assert execute.places(2, "cpu") == [
+        execute.Place({"OMP_NUM_THREADS": "2"}, {0, 2}), execute.Place({"OMP_NUM_THREADS": "2"}, {4, 6}),
+    ]  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [place.environment for place in execute.places(2, "cuda")] == [
+        {"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"},
+    ]  # fmt: skip
+    for device, units in (("cpu", "5 cores"), ("cuda", "2 GPUs")):
+        with pytest.raises(UserError, match=f"--jobs 6: there are {units}"):
+            execute.places(6, device)
+
+
+def test_a_finished_run_is_reused(command_line, tiny_runs, flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTRES_COMMIT", "abc")
+    alone = [*flags[:-1], tmp_path / "first", "--no-eager-cost", "--epochs", 1]
+    assert command_line(*alone) == 0
+    monkeypatch.setattr(execute, "COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
+    again = [*flags[:-1], tmp_path / "out", "--no-eager-cost", "--epochs", 1, "--reuse", tmp_path]
+    assert command_line(*again) == 0
+    assert f"low, seed 0: taken from {tmp_path / 'first/low-seed0'}" in command_line.out
+    for name in ("summary.json", "history.csv", "last.safetensors"):
+        assert (tmp_path / "out/low-seed0" / name).read_bytes() == (tmp_path / "first/low-seed0" / name).read_bytes()
+
+    again[again.index(tmp_path / "out")] = tmp_path / "other"
+    assert command_line(*again, "--label-smoothing", 0.1) == 1  # other settings, so it is trained
+    monkeypatch.setenv("FASTRES_COMMIT", "abd")
+    again[again.index(tmp_path / "other")] = tmp_path / "third"
+    assert command_line(*again) == 1
+    monkeypatch.setenv("FASTRES_COMMIT", "abc-dirty")
+    again[again.index(tmp_path / "third")] = tmp_path / "fourth"
+    assert "--reuse: the commit of fastres is not known, or files" in command_line.one_line(*again)
+
+
+def test_the_first_run_that_fails_ends_the_others(command_line, flags, tmp_path, monkeypatch):
+    script = (
+        "import sys, time; sys.argv[sys.argv.index('--lr') + 1] == '0.02' and sys.exit('low memory'); time.sleep(60)"
+    )
+    monkeypatch.setattr(execute, "COMMAND", (sys.executable, "-c", script))
+    start = time.monotonic()
+    assert command_line(*flags, "--no-eager-cost", "--jobs", 2) == 1
+    assert time.monotonic() - start < 50
+    assert command_line.err.endswith("error: high rate, seed 0: low memory\n")
+
+
 def test_a_run_saves_when_its_study_alone_is_interrupted(flags, tmp_path):
     code, _ = stopped(flags, tmp_path / "out", lambda process: process.send_signal(signal.SIGINT))
     assert code == 130
@@ -184,17 +301,19 @@ def test_a_run_whose_folder_the_locale_cannot_name_is_refused(study_file):
 def test_labels_are_shown_as_they_are_on_a_terminal(monkeypatch, capfd):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     summary = {"best_accuracy": 0.0, "last_accuracy": 0.0, "epoch_seconds": 1.0, "images_per_second": 1.0}
-    monkeypatch.setattr(study, "execute", lambda run, advance: summary)
     run = SimpleNamespace(name="[/x] :car:", work=1.0, finished=False)
-    with study.study_progress(open_console(), [run]) as execute:
-        execute(run)
+    with study.study_progress(open_console(), [run]) as (advance, done):
+        advance(run, 0.5)
+        time.sleep(0.2)
+    with study.study_progress(open_console(), [run]) as (_, done):
+        done(run, summary)
     shown = capfd.readouterr().out
-    assert "1/1 [/x] :car: " in shown  # beside the bar
+    assert "[/x] :car: " in shown  # beside the bar
     assert "1/1 [/x] :car:: best 0.00 %" in shown
 
 
 def test_a_dry_run_shows_labels_as_they_are(command_line, flags, study_file, monkeypatch):
-    monkeypatch.setattr(study, "measure", lambda run: 1.0)
+    monkeypatch.setattr(estimate, "measure", lambda run: 1.0)
     label = f"[/x] :car: {100 * 'x'}"
     study_file.write_text(TINY.replace("high rate", label))
     assert command_line(*flags, "--dry-run", "--no-eager-cost") == 0
@@ -203,13 +322,13 @@ def test_a_dry_run_shows_labels_as_they_are(command_line, flags, study_file, mon
 
 
 def test_a_dry_run_estimates(command_line, flags, monkeypatch):
-    monkeypatch.setattr(study, "measure", lambda run: 1.0)  # images a second, of 60 to train on and 20 to test
+    monkeypatch.setattr(estimate, "measure", lambda run: 1.0)  # images a second, of 60 to train on and 20 to test
     assert command_line(*flags, "--dry-run", "--no-eager-cost") == 0
     assert re.findall(r"about (.*) in all", command_line.out) == ["7 min"]  # 2 runs of 3 epochs of 60 + 20 / 3
 
 
 def test_a_dry_run_leaves_out_what_is_finished(command_line, flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "read_summary", lambda folder: {"images_per_second": 1.0})
+    monkeypatch.setattr(estimate, "read_summary", lambda folder: {"images_per_second": 1.0})
     (tmp_path / "out/low-seed0").mkdir(parents=True)
     (tmp_path / "out/low-seed0/summary.json").touch()
     assert command_line(*flags, "--dry-run", "--no-eager-cost") == 0
@@ -281,19 +400,19 @@ def test_built_in_studies_are_runs_that_train(name, arrays, tmp_path):
     def load(*_):
         return arrays, "arrays"
 
-    config = study.StudyConfig(scale=0.1)
-    for definition in load_study(name).runs:
-        planned = study.plan_run(definition, 0, config, {"batch_size": 20, "device": "cpu"}, tmp_path, load)
+    flags = {"batch_size": 20, "device": "cpu"}
+    planner = Planner(load_study(name), StudyConfig(scale=0.1), flags, tmp_path, load)
+    for definition in planner.study.runs:
+        planned = planner.run(definition, 0)
         assert planned.config.epochs == (10 if name == "residual" else 2)
         assert planned.config.milestones == ((5, 8) if name == "residual" else ())
         assert planned.config.zero_gamma == ("gamma0" in definition.name)
 
 
 def test_a_planned_run_has_its_seed(arrays, tmp_path):
-    definition = load_study("architecture").runs[0]
-    flags = {"batch_size": 20, "device": "cpu"}
-    planned = study.plan_run(definition, 7, study.StudyConfig(), flags, tmp_path, lambda *_: (arrays, "arrays"))
-    assert planned.config.seed == 7
+    study, flags = load_study("architecture"), {"batch_size": 20, "device": "cpu"}
+    planner = Planner(study, StudyConfig(), flags, tmp_path, lambda *_: (arrays, "arrays"))
+    assert planner.run(study.runs[0], 7).config.seed == 7
 
 
 MULTISTEP = {
@@ -303,17 +422,17 @@ MULTISTEP = {
 
 
 def test_a_planned_run_is_scaled(arrays, tmp_path):
-    definition, config = RunDefinition("x", "x", MULTISTEP, {}), study.StudyConfig(scale=0.5, data_scale=0.5)
-    planned = study.plan_run(definition, 0, config, {}, tmp_path, lambda *_: (arrays, "arrays"))
+    definition, config = RunDefinition("x", "x", MULTISTEP, {}), StudyConfig(scale=0.5, data_scale=0.5)
+    study = Study("x", "", "", (definition,))
+    planned = Planner(study, config, {}, tmp_path, lambda *_: (arrays, "arrays")).run(definition, 0)
     assert (planned.config.epochs, planned.config.warmup_epochs, planned.config.milestones) == (5, 1.0, (2, 4))
     assert planned.config.train_fraction == 0.25
     assert len(planned.dataset.train) == 15
 
 
-def test_what_eager_pytorch_costs_is_measured_in_a_few_epochs(arrays, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "load_dataset", lambda *_: (arrays, "arrays"))
-    definition = RunDefinition("x", "x", MULTISTEP, {})
-    run, eager = study.plan(Study("x", "", "", (definition,), (), ()), study.StudyConfig(), {}, tmp_path)
+def test_what_eager_pytorch_costs_is_measured_in_a_few_epochs(arrays, tmp_path):
+    study = Study("x", "", "", (RunDefinition("x", "x", MULTISTEP, {}),))
+    run, eager = Planner(study, StudyConfig(), {}, tmp_path, lambda *_: (arrays, "arrays")).plan([0])
     assert (run.config.epochs, run.config.schedule) == (10, "multistep")
     assert (eager.config.epochs, eager.config.schedule) == (3, "constant")
     assert (eager.config.warmup_epochs, eager.config.milestones) == (0.0, ())
@@ -323,7 +442,7 @@ def test_what_eager_pytorch_costs_is_measured_in_a_few_epochs(arrays, tmp_path, 
     ("seconds", "words"), [(0.4, "0 s"), (59, "59 s"), (61, "1 min"), (3540, "59 min"), (7500, "2 h 05 min")]
 )
 def test_durations(seconds, words):
-    assert study.duration(seconds) == words
+    assert estimate.duration(seconds) == words
 
 
 def test_mini_cifar10_from_files_takes_its_three_classes(arrays, tmp_path):
@@ -334,7 +453,8 @@ def test_mini_cifar10_from_files_takes_its_three_classes(arrays, tmp_path):
         return arrays, "arrays"
 
     overrides = {"dataset": "folder", "data_dir": tmp_path, "batch_size": 20}
-    study.plan_run(load_study("architecture").runs[0], 0, study.StudyConfig(), overrides, tmp_path, load)
+    study = load_study("architecture")
+    Planner(study, StudyConfig(), overrides, tmp_path, load).run(study.runs[0], 0)
     assert asked == [("folder", tmp_path, ("airplane", "automobile", "bird"), False)]
 
 
@@ -358,19 +478,19 @@ after = ["high", "low"]
 [flags]"""
 
 
-def test_all_parts_of_a_file_come_to_study_json(study_file, arrays, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "load_dataset", lambda *_: (arrays, "arrays"))
+def test_all_parts_of_a_file_come_to_study_json(study_file, arrays, tmp_path):
     study_file.write_text(TINY.replace("[flags]", PARTS))
-    definition, config = load_study(str(study_file)), study.StudyConfig(eager_cost=False)
-    planned = study.plan(definition, config, {}, tmp_path)
-    described = json.loads(json.dumps(study.describe(definition, config, {}, planned)))
+    config = StudyConfig(eager_cost=False)
+    planner = Planner(load_study(str(study_file)), config, {}, tmp_path, lambda *_: (arrays, "arrays"))
+    described = json.loads(json.dumps(study.describe(planner, planner.plan([0]), [0], "today")))
     assert described["notes"] == ["One rate is high."]
     assert described["repeated"] == {"best_accuracy": [75.25, 80]}
     assert described["phases"] == [{"label": "late", "epochs": [2, 3]}]
     pair = ["high", "low"]
+    shared = {"margin": 0.0, "before": pair, "after": pair}
     assert described["conjectures"] == [
-        {"text": "a high rate is better", "expect": "higher", "metric": "last_accuracy", "before": pair, "after": pair},
-        {"text": "and stays so", "expect": "stays positive", "metric": "best_accuracy", "before": pair, "after": pair},
+        {"text": "a high rate is better", "expect": "higher", "metric": "last_accuracy", **shared},
+        {"text": "and stays so", "expect": "stays positive", "metric": "best_accuracy", **shared},
     ]
 
 
@@ -459,6 +579,10 @@ def test_bad_files(old, new, message, command_line, flags, study_file, tmp_path)
         (["--seeds", "a"], "--seeds: invalid list of integers value: 'a'"),
         (["--scale", "0"], "--scale 0: must be above 0"),
         (["--data-scale", "2"], "--data-scale 2: must be at most 1"),
+        (["--decide", "0"], "--decide 0: must be above 0"),
+        (["--max-seeds", "1"], "--max-seeds 1: must be at least 2"),
+        (["--jobs", "1000"], "--jobs 1000: there are .* cores; take fewer"),
+        (["--reuse", "/nowhere"], "--reuse"),
         (["--price-per-hour", "-1"], "--price-per-hour -1: must be at least 0"),
         (["--resume"], "--resume: .* holds no study"),
         (["--output-dir", "/dev/null/out"], "--output-dir /dev/null/out: cannot be made"),

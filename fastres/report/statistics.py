@@ -63,15 +63,16 @@ def anytime_interval(changes: pd.Series, error_rate: float) -> Difference:
     (Gönen et al., "The Bayesian two-sample t test", 2005), which is a test martingale (Wang & Ramdas, "Anytime-valid
     t-tests and confidence sequences for Gaussian means with unknown variance", 2025, arXiv:2310.03722).
     """
-    n = len(changes)
-    mean = float(changes.mean())
+    return _anytime_interval(len(changes), changes.mean(), changes.std(), error_rate)
+
+
+def _anytime_interval(n: int, mean: float, deviation: float, error_rate: float) -> Difference:
+    growth = 1 + n * EFFECT_VARIANCE
+    ratio = (math.sqrt(growth) / error_rate) ** (2 / n)
     width = math.inf
-    if n > 1:
-        growth = 1 + n * EFFECT_VARIANCE
-        ratio = (math.sqrt(growth) / error_rate) ** (2 / n)
-        if ratio < growth:
-            t = math.sqrt((n - 1) * (ratio - 1) / (1 - ratio / growth))
-            width = t * float(changes.sem())
+    if n > 1 and ratio < growth:
+        t = math.sqrt((n - 1) * (ratio - 1) / (1 - ratio / growth))
+        width = t * deviation / math.sqrt(n)
     return Difference(mean, mean - width, mean + width, n - 1, n)
 
 
@@ -81,14 +82,13 @@ def decided(interval: Difference, margin: float) -> bool:
 
 
 def more_seeds(changes: pd.Series, margin: float, error_rate: float) -> int | None:
-    """About how many more changes it takes to decide, if mean and standard deviation stay what they are.
+    """About how many more changes it takes to decide, if their mean and standard deviation stay as they are.
 
-    None beyond MOST_SEEDS.
+    None if there are too few to know, or if it is more than MOST_SEEDS.
     """
-    spread = changes.std()
-    for n in range(len(changes), MOST_SEEDS):
-        # n values with the same mean and standard deviation
-        like = pd.Series([-1.0, 1.0] * (n // 2) + [0.0] * (n % 2))
-        if n > 1 and decided(anytime_interval(like / like.std() * spread + changes.mean(), error_rate), margin):
-            return n - len(changes)
+    if len(changes) > 1:
+        mean, deviation = changes.mean(), changes.std()
+        for n in range(len(changes), MOST_SEEDS):
+            if decided(_anytime_interval(n, mean, deviation, error_rate), margin):
+                return n - len(changes)
     return None

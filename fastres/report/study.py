@@ -9,7 +9,16 @@ from fastres.files import read_json
 from fastres.report.figures import draw_figures
 from fastres.report.page import as_markdown, fill, table_of, write_page
 from fastres.report.results import CONSTANT, FIRST_EPOCHS, Estimate, Results, decoded, one_of_each_model, read_results
-from fastres.report.statistics import CONFIDENCE, TOST, Difference, anytime_interval, decided, difference, more_seeds
+from fastres.report.statistics import (
+    CONFIDENCE,
+    MOST_SEEDS,
+    TOST,
+    Difference,
+    anytime_interval,
+    decided,
+    difference,
+    more_seeds,
+)
 
 TARGETS = (80, 85, 90)  # test accuracies in % whose time-to-reach is reported
 
@@ -72,7 +81,7 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         cost_table=cost_table(results),
         time_table=time_table(results, price_per_hour),
         first_to={target: first_to(results, target) for target in TARGETS},
-        decisions=decisions(results, study["decide"]) if study.get("decide") else [],
+        decisions=map(decision_line, decisions(results, study["decide"])) if study.get("decide") else (),
         growth=growth,
         verdict=verdict,
         CONFIDENCE=CONFIDENCE,
@@ -114,10 +123,13 @@ def verdict(expect: str, found: Difference, constant: bool = False, margin: floa
 
 
 class Decision(NamedTuple):
-    """Of a run against the first of the study: its verdict, and about how many seeds are missing to it."""
+    """Of a run against the first of the study: the difference of their accuracies at the last epoch, in points, and its
+    verdict. ``more``: about how many seeds are missing to one; None if it has one, or beyond MOST_SEEDS."""
 
-    label: str
+    first: str
+    other: str
     interval: Difference
+    decided: bool
     verdict: str
     more: int | None
 
@@ -134,14 +146,24 @@ def decisions(results: list[Results], margin: float) -> list[Decision]:
         changes = (other.figures["last_accuracy"] - first.figures["last_accuracy"]).dropna()
         rate = (1 - CONFIDENCE) / len(others)
         interval, more = anytime_interval(changes, rate), None
-        if not decided(interval, margin):
-            words, more = "not decided", more_seeds(changes, margin, rate)
+        done = decided(interval, margin)
+        if not done:
+            more = more_seeds(changes, margin, rate)
+            verdict = "not decided"
+            if interval.pairs > 1:
+                verdict += f"; it would take {f'about {more}' if more else f'over {MOST_SEEDS:,}'} more seeds"
         elif abs(interval.value) < margin:
-            words = f"the same within {margin:g} points"
+            verdict = f"the same within {margin:g} points"
         else:
-            words = f"{'higher' if interval.value > 0 else 'lower'} by more than {margin:g} points"
-        found.append(Decision(other.label, interval, words, more))
+            verdict = f"{'higher' if interval.value > 0 else 'lower'} by more than {margin:g} points"
+        found.append(Decision(first.label, other.label, interval, done, verdict, more))
     return found
+
+
+def decision_line(decision: Decision) -> str:
+    found, seeds = decision.interval.text(), decision.interval.pairs
+    after = f"{seeds} seed{'s' * (seeds > 1)}"
+    return f"{decision.other} minus {decision.first}: {found} points after {after}: {decision.verdict}"
 
 
 def accuracy_table(results: list[Results]) -> str:

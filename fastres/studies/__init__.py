@@ -12,7 +12,7 @@ A file holds::
     [repeated]                        # optional: METRIC = [...], published figures of runs with the same settings
     [[figures]]                       # optional: title and runs; otherwise one figure shows all runs
     [[phases]]                        # optional: label and epochs = [FIRST, LAST], see Phase
-    [[conjectures]]                   # optional: text, expect, metric, and runs, or before and after, see Conjecture
+    [[conjectures]]                   # optional: text, expect, metric, and runs, or before and after: see Conjecture
 """
 
 import os
@@ -37,6 +37,7 @@ EXPECTATIONS = {  # of a conjecture: the keys that name its runs
     "stays positive": ("before", "after"),
     "higher": ("runs",),
     "lower": ("runs",),
+    "equivalent": ("runs",),
 }
 RESERVED = {"seed": "--seeds gives the seeds", "output_dir": "the study names the folders of its runs"}
 
@@ -75,8 +76,8 @@ class Phase:
 class Conjecture:
     """A claim about the difference in ``metric`` between two runs, ``first - second``.
 
-    ``expect``: of the two ``runs``, the first is ``higher`` or ``lower``; or of two such pairs, ``before`` and
-    ``after`` a change, the difference ``grows``, or ``stays positive``.
+    ``expect``: of the two ``runs``, the first is ``higher`` or ``lower``, or they are ``equivalent`` within ``margin``;
+    or of two such pairs, ``before`` and ``after`` a change, the difference ``grows``, or ``stays positive``.
     """
 
     text: str
@@ -85,6 +86,7 @@ class Conjecture:
     runs: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    margin: float = 0.0
 
     def __post_init__(self) -> None:
         for name, known in (("expect", EXPECTATIONS), ("metric", METRICS)):
@@ -95,6 +97,8 @@ class Conjecture:
             raise UserError(
                 f"to expect {self.expect!r}, {' and '.join(keys)} must name two runs each, and nothing else"
             )
+        if (self.margin > 0) != (self.expect == "equivalent"):
+            raise UserError("margin must be above 0 to expect 'equivalent', and is for that only")
 
 
 @dataclass(frozen=True)
