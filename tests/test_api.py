@@ -104,6 +104,9 @@ def test_the_command(capsys, tmp_path):
     assert main(["--help"]) == 0
     assert "fastres study" in capsys.readouterr().out
     assert main(["trian"]) == 2
-    assert capsys.readouterr().err == "fastres: error: unknown command 'trian'; choose from train, profile, study\n"
+    assert (
+        capsys.readouterr().err
+        == "fastres: error: unknown command 'trian'; choose from train, profile, compare, study\n"
+    )
     assert main(["train", "--resume", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("fastres train: error: --resume ")

@@ -108,9 +108,19 @@ def test_a_study_of_two_runs(command_line, flags, tmp_path):
     assert "was started with train-fraction 0.7, and would now have 1.0" in command_line.one_line(*flags, "--resume")
 
 
+# fastres.study in a process of its own, whose runs train the tiny model
+TINY_STUDY = [
+    sys.executable,
+    "-c",
+    "import sys; from fastres import study; from fastres.studies import execute; "
+    "execute.COMMAND = (sys.executable, '-m', 'tests.training.tiny_job'); sys.exit(study.main())",
+]
+LONG = ("--epochs", "60")  # long enough to be stopped in the middle of a run
+
+
 def stopped(flags, out, stop):
     """A study that ``stop`` is called on in the middle of its second run: its exit code and what it said."""
-    command = [sys.executable, "-m", "fastres.study", *map(str, flags), "--no-eager-cost"]
+    command = [*TINY_STUDY, *map(str, flags), *LONG, "--no-eager-cost"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     while not (out / "high-seed0/history.csv").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -126,25 +136,25 @@ def stopped(flags, out, stop):
     return process.returncode, error
 
 
-def test_an_interrupted_study_goes_on(command_line, flags, tmp_path):
+def test_an_interrupted_study_goes_on(command_line, tiny_runs, flags, tmp_path):
     out = tmp_path / "out"
     code, error = stopped(flags, out, lambda process: os.killpg(process.pid, signal.SIGINT))  # as a terminal's Ctrl-C
     assert code == 130
     assert error.count("\n") == 1
     assert "interrupted; --resume goes on" in error
     kept = {path: path.stat().st_mtime_ns for path in (out / "low-seed0").iterdir()}
-    first = (out / "high-seed0/history.csv").read_text().splitlines()[:2]
+    first = (out / "high-seed0/history.csv").read_text().splitlines()
     begun = "2026-01-02 03:04 UTC"
     (out / "study.json").write_text(json.dumps(json.loads((out / "study.json").read_text()) | {"date": begun}))
 
     message = command_line.one_line(*flags, "--no-eager-cost", "--resume", "--epochs", 5)
-    assert "was started with epochs 3, and would now have 5" in message
-    assert command_line(*flags, "--no-eager-cost", "--resume") == 0
+    assert "was started with epochs 60, and would now have 5" in message
+    assert command_line(*flags, *LONG, "--no-eager-cost", "--resume") == 0
     assert re.findall(r"^\d/2 (.*):", command_line.out, re.M) == ["high rate, seed 0"]
     assert kept == {path: path.stat().st_mtime_ns for path in (out / "low-seed0").iterdir()}
     history = (out / "high-seed0/history.csv").read_text().splitlines()
-    assert history[:2] == first
-    assert len(history) == 1 + 3
+    assert history[: len(first)] == first
+    assert len(first) < len(history) == 1 + 60
     assert (out / "report.html").exists()
     assert f"begun {begun}" in (out / "report.md").read_text()
 
@@ -265,7 +275,7 @@ def test_a_run_saves_when_its_study_alone_is_interrupted(flags, tmp_path):
 
 
 def test_a_run_saves_when_its_study_is_killed(flags, tmp_path):
-    flags = [*flags, "--checkpoint-every", 9]  # nothing is saved at the end of the first epoch
+    flags = [*flags, "--checkpoint-every", 99]  # nothing is saved at the end of an epoch
     code, _ = stopped(flags, tmp_path / "out", lambda process: process.kill())
     assert code == -signal.SIGKILL
     assert read_checkpoint(tmp_path / "out/high-seed0")["epoch"]["steps"] > 0
@@ -281,7 +291,7 @@ def test_names_are_read_and_written_as_utf_8_whatever_the_locale(environment, st
     study = TINY.split("[runs.high]")[0].replace("[runs.low]", '[runs.low]\nlabel = "ñ [/x] :car:"')
     study_file.write_text(study, encoding="utf-8-sig")
     out = tmp_path / "ergebnis ä"
-    command = [sys.executable, "-m", "fastres.study", study_file, "--data-dir", image_folder, "--output-dir", out]
+    command = [*TINY_STUDY, study_file, "--data-dir", image_folder, "--output-dir", out]
     command += ["--scale", "0.3", "--no-eager-cost"]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -52,12 +52,33 @@ def assert_close(actual, expected, tolerance):
         torch.testing.assert_close(a.double() / scale, e.double() / scale, rtol=0, atol=tolerance)
 
 
-def run_pytest(*arguments, **environment):
-    """pytest in a process of its own, with what must be in the environment from the start."""
-    command = [sys.executable, "-m", "pytest", "-q", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout
+HERE = Path(__file__)
+OLDER = ["-k", "(test_grid or test_large) and cpu", __file__]
+# tests that need a process of their own: the arguments of pytest, and what must be in the environment from the start
+PROCESSES = {
+    "triton_interpreter": ([HERE.with_name("triton_interpreter.py")], {"TRITON_INTERPRET": "1"}),
+    "triton_compiled": ([HERE.with_name("triton_compile.py")], {}),
+    "default_instruction_set": (OLDER, {"ATEN_CPU_CAPABILITY": "default"}),
+    "avx2": (OLDER, {"ATEN_CPU_CAPABILITY": "avx2"}),
+}
+
+
+@pytest.fixture(scope="module")
+def processes(request):
+    """Those of PROCESSES whose tests run, started together."""
+    chosen = {getattr(item, "callspec", None) and item.callspec.params.get("process") for item in request.session.items}
+    started = {}
+    for name in PROCESSES.keys() & chosen:
+        arguments, environment = PROCESSES[name]
+        started[name] = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", *map(str, arguments)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    yield started
+    for process in started.values():
+        process.kill()
 
 
 class TestAgainstFloat64:
@@ -112,18 +133,13 @@ class TestAgainstFloat64:
         first, second = (run(batch_norm_relu, *arguments) for _ in range(2))
         assert all(map(torch.equal, first, second))
 
-    @pytest.mark.parametrize("capability", ["avx2", "default"])
-    def test_other_instruction_sets(self, capability):
-        """The same with what an older processor would run."""
-        run_pytest("-k", "(test_grid or test_large) and cpu", __file__, ATEN_CPU_CAPABILITY=capability)
-
-    def test_triton_kernels_in_the_interpreter(self):
-        pytest.importorskip("triton")
-        run_pytest(str(Path(__file__).with_name("triton_interpreter.py")), TRITON_INTERPRET="1")
-
-    def test_triton_kernels_compiled(self):
-        pytest.importorskip("triton")
-        run_pytest(str(Path(__file__).with_name("triton_compile.py")))
+    @pytest.mark.parametrize("process", PROCESSES)
+    def test_older_processors_and_triton(self, process, processes):
+        """The CPU kernels with what an older processor has; Triton's in its interpreter, and compiled for an H100."""
+        if process.startswith("triton"):
+            pytest.importorskip("triton")
+        output, _ = processes[process].communicate()
+        assert processes[process].returncode == 0, output
 
 
 class TestRegistration:
