@@ -16,7 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs ``fastres COMMAND ...`` and returns its exit code."""
     name, *rest = arguments if arguments is not None else sys.argv[1:] or ["--help"]
     if name in COMMANDS:
-        return importlib.import_module(f"fastres.{name}").main(rest, f"fastres {name}")
+        if arguments is None:  # the command reads sys.argv itself, and so knows that this process is its own
+            sys.argv[1:] = rest
+        command = importlib.import_module(f"fastres.{name}")
+        return command.main(None if arguments is None else rest, f"fastres {name}")
     lines = [f"  fastres {command:8} {what}" for command, what in COMMANDS.items()]
     if name in ("-h", "--help"):
         print(

@@ -15,6 +15,7 @@ from fastres.training.schedule import SCHEDULES
 
 # settings that change speed, and results only by rounding
 ENGINE = ("channels_last", "amp", "loader", "fused", "compile", "compile_mode", "cuda_graphs")
+WEIGHTS = ("last", "best")  # epochs whose weights a run keeps
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 INT32_MAX = 2**31 - 1
 
@@ -33,6 +34,7 @@ PUBLISHED = {
     "batch_size": 128,
     "warmup_epochs": 0.0,
     "drop_last": False,
+    "select": "best",
 }
 
 
@@ -125,6 +127,13 @@ class TrainConfig:
     workers: int = flag("Data", "threads (dali) or processes (eager) that prepare batches", 2, interval="[1, 1024]")
 
     epochs: int = flag("Optimization", "training epochs; digits: 7", 30, interval=f"[1, {INT32_MAX}]")
+    target_accuracy: float | None = flag(
+        "Optimization",
+        "stop after the first epoch with this accuracy, in percent, on the images held out by --val-fraction, or else "
+        "on the test set; auto: train all epochs",
+        None,
+        interval="(0, 100]",
+    )
     batch_size: int = flag(
         "Optimization", "training images a step, over all processes; digits: 32", 128, interval=f"[1, {INT32_MAX}]"
     )
@@ -173,6 +182,16 @@ class TrainConfig:
     )
 
     output_dir: Path | None = flag("Output", "folder of the run; auto: runs/MODEL-DATASET-TIME", None)
+    select: str = flag(
+        "Output",
+        "epoch whose accuracy and weights are the run's result: last; or best, on the images held out by "
+        "--val-fraction, or else on the test set, which flatters it; study-a and study-b: best, as published",
+        "last",
+        WEIGHTS,
+    )
+    price_per_hour: float = flag(
+        "Output", "of the machine, in any currency, for the price of the run; 0: not shown", 0.0, interval="[0, inf)"
+    )
     checkpoint_every: int = flag("Output", "epochs between checkpoints", 1, interval=f"[1, {INT32_MAX}]")
     checkpoint_minutes: float = flag(
         "Output", "minutes between checkpoints within an epoch; 0: none", 0.0, interval="[0, inf)"

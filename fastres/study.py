@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.
     actions = parser.add_argument_group("Actions").add_mutually_exclusive_group()
     actions.add_argument("--resume", action="store_true", help="keep finished runs and go on with interrupted ones")
     actions.add_argument("--dry-run", action="store_true", help="only say what would run, and about how long")
-    add_flags(parser, TrainConfig, leave_out=("seed", "output_dir", "sync_bn"), default="the study's")
+    add_flags(parser, TrainConfig, leave_out=("seed", "output_dir", "sync_bn", "price_per_hour"), default="the study's")
     distributed.refuse(parser)
 
     def command() -> None:

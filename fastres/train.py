@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastres.config import TrainConfig
+from fastres.config import WEIGHTS, TrainConfig
 from fastres.errors import UserError
 from fastres.fields import path, read_fields
 from fastres.files import read_json
@@ -20,6 +20,7 @@ from fastres.flags import STOP_WITH_STDIN, Parser, add_flags, open_console, run_
 from fastres.report.plots import plot_curves
 from fastres.report.tables import summary_table
 from fastres.training import distributed
+from fastres.training.clock import Clock, process_age
 from fastres.training.history import Row
 from fastres.training.run import Run
 from fastres.training.start import open_run
@@ -31,7 +32,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.
     add_flags(parser, TrainConfig)
     actions = parser.add_argument_group("Instead of a new run").add_mutually_exclusive_group()
     actions.add_argument("--resume", type=path, metavar="PATH", help="go on with the run of this folder or last.pt")
-    actions.add_argument("--eval", type=path, metavar="RUN", help="test the best weights of this run's folder again")
+    actions.add_argument("--eval", type=path, metavar="RUN", help="test the weights of this run's folder again")
+    parser.add_argument("--weights", choices=WEIGHTS, help="with --eval: of which epoch; default: the run's --select")
+    clock = Clock(process_age() if arguments is None else 0.0)
 
     with distributed.job():
         rank = distributed.rank()
@@ -40,20 +43,22 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.
 
         def command() -> None:
             flags = distributed.on_rank_0(parser.parse_flags, arguments)
-            resume, finished = flags.pop("resume"), flags.pop("eval")
+            resume, finished, weights = flags.pop("resume"), flags.pop("eval"), flags.pop("weights")
             console = open_console(quiet=rank > 0)
             with distributed.explain_lost_process():
                 if finished:
-                    evaluate(finished, flags, console)
+                    evaluate(finished, flags, weights, console)
+                elif weights:
+                    raise UserError(f"--weights {weights}: needs --eval; a new run has --select")
                 else:
-                    train(flags, resume, console)
+                    train(flags, resume, console, clock)
 
         return run_command(parser.prog, command, rank)
 
 
-def train(flags: dict[str, Any], resume: Path | None, console: Console) -> dict[str, Any]:
+def train(flags: dict[str, Any], resume: Path | None, console: Console, clock: Clock) -> dict[str, Any]:
     """Trains a run of ``flags``, or the rest of the run ``resume``, and returns the summary."""
-    run = open_run(flags, resume, say=console.print)
+    run = open_run(flags, resume, say=console.print, clock=clock)
     summary = show_progress(run, console)
     if distributed.rank() == 0:
         picture = plot_curves(run.folder, f"{summary['model']} on {summary['dataset']}")
@@ -72,7 +77,9 @@ def fit(*, resume: str | Path | None = None, quiet: bool = False, **settings: An
         quiet: print nothing.
         settings: the command's flags, with underscores; ``output_dir`` is the run's folder.
     """
-    return train(read_fields(TrainConfig, settings), path(str(resume)) if resume else None, open_console(quiet))
+    return train(
+        read_fields(TrainConfig, settings), path(str(resume)) if resume else None, open_console(quiet), Clock()
+    )
 
 
 def show_progress(run: Run, console: Console) -> dict[str, Any]:
@@ -114,22 +121,24 @@ def catch_signals() -> Iterator[Callable[[], int]]:
                 signal.signal(number, handler)
 
 
-def evaluate(folder: Path, flags: dict[str, Any], console: Console) -> None:
-    """Prints the test loss and accuracy of the best weights in ``folder`` beside those that the run recorded."""
-    loss, accuracy = distributed.on_rank_0(recorded, folder)
+def evaluate(folder: Path, flags: dict[str, Any], weights: str | None, console: Console) -> None:
+    """Prints the test loss and accuracy of the weights in ``folder`` beside those that the run recorded."""
+    weights, loss, accuracy = distributed.on_rank_0(recorded, folder, weights)
     run = open_run(flags, finished=folder, say=console.print)
-    evaluation = run.evaluate_best()
+    evaluation = run.evaluate_weights(weights)
+    console.print(f"weights of the {weights} epoch")
     console.print(f"test loss     {evaluation.loss:.6f}   recorded {loss:.6f}")
     console.print(f"test accuracy {evaluation.accuracy:.2f} %   recorded {accuracy:.2f} %")
 
 
-def recorded(folder: Path) -> tuple[float, float]:
-    """Test loss and accuracy of the best epoch, from the summary of the run in ``folder``."""
+def recorded(folder: Path, weights: str | None) -> tuple[str, float, float]:
+    """``weights``, or those that the run in ``folder`` selected, and their recorded test loss and accuracy."""
     if (folder / "last.pt").exists() and not (folder / "summary.json").exists():
         raise UserError(f"--eval {folder}: the run has not come to its end; --resume {folder} goes on with it")
     try:
         summary = read_json(folder / "summary.json")
-        return float(summary["test_loss"]), float(summary["best_accuracy"])
+        weights = weights or summary["select"]
+        return weights, float(summary[f"{weights}_test_loss"]), float(summary[f"{weights}_accuracy"])
     except (UserError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--eval {folder}: not the folder of a finished run ({error})") from error
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastres.config import WEIGHTS
 from fastres.errors import UserError
 from fastres.fields import path
 from fastres.files import read_json
@@ -12,8 +13,6 @@ from fastres.models import create_model
 from fastres.training.checkpoint import load_weights
 from fastres.training.hardware import choose_fused
 from fastres.training.start import read_saved
-
-WEIGHTS = ("best", "last")
 
 
 class TrainedModel(nn.Module):
@@ -38,18 +37,18 @@ class TrainedModel(nn.Module):
         return self.model((images - self.mean) / self.std)
 
 
-def load_model(run: str | Path, weights: str = "best") -> TrainedModel:
+def load_model(run: str | Path, weights: str | None = None) -> TrainedModel:
     """The model of the run in the folder ``run``, on the CPU.
 
     Args:
-        weights: ``best``, of the best epoch, or ``last``, of the last epoch of a finished run.
+        weights: ``last`` or ``best``, the epoch that they are of; by default the run's ``--select``.
     """
     folder = path(str(run))
-    if weights not in WEIGHTS:
+    if weights not in (None, *WEIGHTS):
         raise UserError(f"weights {weights!r}: choose from {', '.join(WEIGHTS)}")
     saved = read_saved(read_json(folder / "config.json"), folder / "config.json")
     config = saved.config
     fused, _ = choose_fused(None, torch.device("cpu"), sync_bn=False)
     model = create_model(config.model, len(saved.class_names), fused=fused)
-    load_weights(model, folder / f"{weights}.safetensors")
+    load_weights(model, folder / f"{weights or config.select}.safetensors")
     return TrainedModel(model, saved.class_names, saved.mean, saved.std)

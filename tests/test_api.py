@@ -71,14 +71,14 @@ def test_a_loaded_model_predicts_as_the_run_evaluated(weights, settings, tmp_pat
     with torch.no_grad():
         logits = model(images)
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
-    assert loss == pytest.approx(summary["test_loss" if weights == "best" else "last_test_loss"], rel=0.1)  # JPEG
+    assert loss == pytest.approx(summary[f"{weights}_test_loss"], rel=0.1)  # JPEG
 
 
 def test_load_model_says_what_is_wrong(settings, tmp_path):
     with pytest.raises(UserError, match=r"config.json: not readable as JSON"):
         fastres.load_model(tmp_path)
     fastres.fit(**settings, quiet=True)
-    with pytest.raises(UserError, match="weights 'first': choose from best, last"):
+    with pytest.raises(UserError, match="weights 'first': choose from last, best"):
         fastres.load_model(tmp_path / "run", "first")
     (tmp_path / "run/last.safetensors").unlink()
     with pytest.raises(UserError, match=r"last.safetensors: does not hold weights of this model"):

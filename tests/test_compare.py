@@ -1,10 +1,13 @@
 """fastres compare on folders whose figures are known, and on real runs."""
 
 import json
+import math
 
+import pandas as pd
 import pytest
 
 from fastres import compare
+from fastres.report.compare import time_to_target
 from tests.conftest import CommandLine
 from tests.report.test_study_report import write_run
 
@@ -65,6 +68,38 @@ def test_one_group_has_its_means(command_line, runs):
     assert command_line(*runs.glob("good-*")) == 0
     assert "93.53 ± 0.50" in command_line.out
     assert "minus" not in command_line.out
+
+
+def amend(folder, **summary):
+    path = folder / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | summary))
+
+
+def test_selection_targets_and_looks(command_line, runs):
+    for name in ("good", "bad"):
+        for seed in range(3):
+            amend(
+                runs / f"{name}-seed{seed}", best_selected_on="validation", best_accuracy=90.0 + seed,
+                best_on_test_accuracy=95.0, selection_gain=0.25, test_evaluations=3, target_accuracy=92.0,
+                target_seconds=None if seed == 2 and name == "bad" else 10.0 + seed, joules=None, train_flop=2e12,
+            )  # fmt: skip
+    assert command_line(*runs.glob("good-*"), *runs.glob("bad-*"), "--output-dir", runs / "out") == 0
+    text = (runs / "out/compare.md").read_text()
+    assert "these 6 runs have looked at it 18 times" in " ".join(text.split())
+    for words in (
+        "| accuracy, best on validation, % | 91.00 ± 1.00 | 91.00 ± 1.00 | +0.00 (+0.00 to +0.00) |",
+        "| gained by selecting the best, points | 0.25 ± 0.00 |",
+        "| arithmetic, TFLOP | 2.0 ± 0.0 |",
+        "| seconds of training to 92 %, median | 11.0; 3 of 3 reached it | 11.0; 2 of 3 reached it |",
+    ):
+        assert words in text
+    assert "energy" not in text
+
+
+def test_the_median_time_to_a_target_has_an_interval_of_its_order_statistics():
+    times = pd.Series([5.0, 1.0, 3.0, 2.0, 4.0, 6.0, 7.0, 8.0, math.nan])
+    assert time_to_target(times) == "5.0 (2.0 to 8.0); 8 of 9 reached it"  # 0.96 of the binomial is from 2 to 8
+    assert time_to_target(pd.Series([math.nan, math.nan, 1.0])) == "not reached; 1 of 3 reached it"
 
 
 def test_bad_input(command_line, runs, tmp_path):

@@ -264,8 +264,8 @@ def test_hostile_checkpoints(stopped, call, place, protocol):
 
 @cases(150)
 @given(st.data())
-def test_best_weights(folders, data):
-    path = folders / "finished/best.safetensors"
+def test_weights(folders, data):
+    path = folders / "finished/last.safetensors"
     content = path.read_bytes()
     state = load(content)
     try:

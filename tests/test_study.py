@@ -119,7 +119,7 @@ LONG = ("--epochs", "60")  # long enough to be stopped in the middle of a run
 
 
 def stopped(flags, out, stop):
-    """A study that ``stop`` is called on in the middle of its second run: its exit code and what it said."""
+    """A study that ``stop`` is called on in the middle of the run ``high``: its exit code and what it said."""
     command = [*TINY_STUDY, *map(str, flags), *LONG, "--no-eager-cost"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     while not (out / "high-seed0/history.csv").exists() and process.poll() is None:
@@ -268,12 +268,19 @@ def test_the_first_run_that_fails_ends_the_others(command_line, flags, tmp_path,
     assert command_line.err.endswith("error: high rate, seed 0: low memory\n")
 
 
+@pytest.fixture
+def only_high(study_file):
+    study_file.write_text(TINY.partition("[runs.low]")[0] + "[runs.high]")
+
+
+@pytest.mark.usefixtures("only_high")
 def test_a_run_saves_when_its_study_alone_is_interrupted(flags, tmp_path):
     code, _ = stopped(flags, tmp_path / "out", lambda process: process.send_signal(signal.SIGINT))
     assert code == 130
     assert (tmp_path / "out/high-seed0/last.pt").exists()
 
 
+@pytest.mark.usefixtures("only_high")
 def test_a_run_saves_when_its_study_is_killed(flags, tmp_path):
     flags = [*flags, "--checkpoint-every", 99]  # nothing is saved at the end of an epoch
     code, _ = stopped(flags, tmp_path / "out", lambda process: process.kill())
@@ -284,20 +291,24 @@ def test_a_run_saves_when_its_study_is_killed(flags, tmp_path):
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
-@pytest.mark.parametrize("environment", [C_LOCALE, {"PYTHONIOENCODING": "latin-1"}], ids=["C", "latin-1"])
-def test_names_are_read_and_written_as_utf_8_whatever_the_locale(environment, study_file, image_folder, tmp_path):
+def test_names_are_read_and_written_as_utf_8_whatever_the_locale(study_file, image_folder, tmp_path):
     for part in ("train", "test"):
         (image_folder / part / "dark").rename(image_folder / part / "größe")
     study = TINY.split("[runs.high]")[0].replace("[runs.low]", '[runs.low]\nlabel = "ñ [/x] :car:"')
     study_file.write_text(study, encoding="utf-8-sig")
-    out = tmp_path / "ergebnis ä"
-    command = [*TINY_STUDY, study_file, "--data-dir", image_folder, "--output-dir", out]
-    command += ["--scale", "0.3", "--no-eager-cost"]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert re.match(rb"1/1 (\xf1|\\xf1) \[/x\] :car:, seed 0: best", done.stdout)
-    for name in ("report.md", "report.html"):
-        assert "(bright, größe)" in (out / name).read_text(encoding="utf-8")
+    started = {}
+    for environment in (C_LOCALE, {"PYTHONIOENCODING": "latin-1"}):
+        out = tmp_path / f"ergebnis ä {len(started)}"
+        command = [*TINY_STUDY, study_file, "--data-dir", image_folder, "--output-dir", out]
+        command += ["--scale", "0.3", "--no-eager-cost"]
+        pipe = subprocess.PIPE
+        started[out] = subprocess.Popen(command, env=os.environ | environment, stdout=pipe, stderr=pipe)
+    for out, process in started.items():
+        output, error = process.communicate()
+        assert process.returncode == 0, error
+        assert re.match(rb"1/1 (\xf1|\\xf1) \[/x\] :car:, seed 0: best", output)
+        for name in ("report.md", "report.html"):
+            assert "(bright, größe)" in (out / name).read_text(encoding="utf-8")
 
 
 def test_a_run_whose_folder_the_locale_cannot_name_is_refused(study_file):
@@ -356,7 +367,7 @@ def test_dry_run_writes_nothing(command_line, flags, tmp_path):
 
 
 def test_built_in_studies():
-    assert list_studies() == ["architecture", "augmentation", "residual", "schedule", "zero-gamma"]
+    assert list_studies() == ["architecture", "augmentation", "equivalence", "residual", "schedule", "zero-gamma"]
     conjectures = load_study("schedule").conjectures
     assert len(conjectures) == 4
     runs = {run.name: run for run in load_study("schedule").runs}
@@ -414,7 +425,7 @@ def test_built_in_studies_are_runs_that_train(name, arrays, tmp_path):
     planner = Planner(load_study(name), StudyConfig(scale=0.1), flags, tmp_path, load)
     for definition in planner.study.runs:
         planned = planner.run(definition, 0)
-        assert planned.config.epochs == (10 if name == "residual" else 2)
+        assert planned.config.epochs == {"residual": 10, "equivalence": 1}.get(name, 2)
         assert planned.config.milestones == ((5, 8) if name == "residual" else ())
         assert planned.config.zero_gamma == ("gamma0" in definition.name)
 

@@ -40,7 +40,13 @@ def test_trains_reports_and_evaluates_again(loader, command_line, flags, tmp_pat
     run = tmp_path / "run"
     assert f"loader {loader} (asked for)" in command_line.out
     assert len(re.findall(r"^epoch +\d/2 ", command_line.out, re.M)) == 2
-    for line in ("best test accuracy", "last test accuracy", f"run:     {run}", f"picture: {run}/curves.png"):
+    for line in (
+        "accuracy, last epoch",
+        "accuracy, best on test",
+        "whole process",
+        f"run:     {run}",
+        f"picture: {run}/curves.png",
+    ):
         assert line in command_line.out
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((run / "summary.json").read_text())
@@ -50,7 +56,12 @@ def test_trains_reports_and_evaluates_again(loader, command_line, flags, tmp_pat
     loss = re.search(r"test loss +(\S+) +recorded (\S+)", command_line.out)
     assert loss.group(1) == loss.group(2) == f"{summary['test_loss']:.6f}"
     accuracy = re.search(r"test accuracy (\S+) % +recorded (\S+) %", command_line.out)
-    assert accuracy.group(1) == accuracy.group(2)
+    assert accuracy.group(1) == accuracy.group(2) == f"{summary['last_accuracy']:.2f}"
+    assert command_line("--eval", run, "--weights", "best") == 0
+    assert "weights of the best epoch" in command_line.out
+    loss = re.search(r"test loss +(\S+) +recorded (\S+)", command_line.out)
+    assert loss.group(1) == loss.group(2) == f"{summary['best_test_loss']:.6f}"
+    assert "--weights best: needs --eval" in command_line.one_line(*flags, "--weights", "best")
 
 
 def test_a_folder_may_have_any_name(command_line, flags, tmp_path):

@@ -1,37 +1,51 @@
 """The comparison of groups of runs, from their folders: what differs, accuracies and costs with intervals, pictures."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import pandas as pd
+from scipy import stats
+
 from fastres.errors import UserError
 from fastres.files import read_json
 from fastres.report.figures import draw_comparison
 from fastres.report.page import as_markdown, fill, table_of, write_page
 from fastres.report.results import Estimate, Results, decoded
-from fastres.report.statistics import CONFIDENCE, Difference
+from fastres.report.statistics import CONFIDENCE, Difference, difference
 
 # settings that neither change what is computed nor how fast
-PLACES = {"seed", "output_dir", "data_dir", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps"}
+PLACES = {
+    "seed", "output_dir", "data_dir", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps", "price_per_hour",
+}  # fmt: skip
 CIRCUMSTANCES = ("device", "commit", "versions")  # of summary.json
 
 
 class Figure(NamedTuple):
-    """A figure of summary.json: its name in tables and its digits."""
+    """A figure of summary.json: its name in tables, its digits, and the factor to the table's unit."""
 
     title: str
     digits: int = 2
+    factor: float = 1.0
 
 
 FIGURES = {
     "last_accuracy": Figure("accuracy at the last epoch, %"),
-    "best_accuracy": Figure("best on test, %"),
+    "validated_accuracy": Figure("accuracy, best on validation, %"),
+    "best_on_test_accuracy": Figure("accuracy, best on test, %"),
+    "selection_gain": Figure("gained by selecting the best, points"),
     "last_test_loss": Figure("test loss at the last epoch", 4),
     "epoch_seconds": Figure("seconds an epoch"),
     "images_per_second": Figure("images/s", 0),
     "train_seconds": Figure("seconds of training", 1),
+    "wall_seconds": Figure("seconds of the whole process", 1),
+    "train_flop": Figure("arithmetic, TFLOP", 1, 1e-12),
+    "share_of_limit": Figure("share of the limit, %", 0, 100),
+    "joules": Figure("energy, J", 0),
+    "price": Figure("price", 4),
     "peak_memory_mb": Figure("peak memory, MiB", 0),
 }
 
@@ -97,7 +111,9 @@ def comparison(groups: Sequence[Group], pictures: Mapping[str, str] = MappingPro
         first=first,
         others=others,
         differing=table_of(differing(groups)),
-        figures=table_of([row(name, results) for name in FIGURES if all(name in r.figures for r in results)]),
+        figures=table_of(figures(results)),
+        runs=sum(len(one.summaries) for one in results),
+        looks=sum(summary.get("test_evaluations", 0) for one in results for summary in one.summaries),
         pictures=pictures,
         CONFIDENCE=CONFIDENCE,
         in_words=in_words,
@@ -127,15 +143,41 @@ def distinct(values: Iterable[Any]) -> str:
     return ", ".join(dict.fromkeys(map(str, values)))
 
 
+def figures(results: Sequence[Results]) -> list[dict[str, str]]:
+    """A row for each figure that all runs have, and for the time to their target."""
+    tables = [result.figures for result in results]
+    for table in tables:
+        table["validated_accuracy"] = table["best_accuracy"].where(table["best_selected_on"] == "validation")
+    known = [name for name in FIGURES if all(table.get(name, missing).notna().all() for table in tables)]
+    rows = [row(name, results) for name in known]
+    targets = pd.concat([table.get("target_accuracy", missing) for table in tables])
+    if targets.notna().all() and targets.nunique() == 1:
+        times = {as_markdown(one.label): time_to_target(one.figures["target_seconds"]) for one in results}
+        rows.append({"": f"seconds of training to {targets.iloc[0]:g} %, median"} | times)
+    return rows
+
+
+missing = pd.Series([math.nan])
+
+
 def row(name: str, results: Sequence[Results]) -> dict[str, str]:
     """A figure of every group, and the differences of the others to the first."""
-    figure, (first, *others) = FIGURES[name], results
+    figure, labels = FIGURES[name], [as_markdown(one.label) for one in results]
+    values = [figure.factor * one.figures[name] for one in results]
     cells = {"": figure.title}
-    cells |= {as_markdown(one.label): Estimate.of(one.figures[name]).text(figure.digits) for one in results}
-    for other in others:
-        column = f"{as_markdown(other.label)} minus {as_markdown(first.label)}"
-        cells[column] = other.minus(first, name).text(figure.digits)
+    cells |= {label: Estimate.of(value).text(figure.digits) for label, value in zip(labels, values, strict=True)}
+    for label, value in zip(labels[1:], values[1:], strict=True):
+        cells[f"{label} minus {labels[0]}"] = difference(value, values[0]).text(figure.digits)
     return cells
+
+
+def time_to_target(seconds: pd.Series) -> str:
+    """The median of ``seconds``, NaN where the target was not reached, and its interval by order statistics."""
+    times = seconds.fillna(math.inf).sort_values()
+    interval = stats.quantile_test(times, p=0.5).confidence_interval(CONFIDENCE)
+    shown = [f"{value:,.1f}" if value < math.inf else "not reached" for value in (times.median(), *interval)]
+    known = "" if any(map(math.isnan, interval)) else f" ({shown[1]} to {shown[2]})"
+    return f"{shown[0]}{known}; {seconds.count()} of {len(seconds)} reached it"
 
 
 def in_words(ours: Results, theirs: Results) -> str:

@@ -35,7 +35,8 @@ def draw_figures(folder: Path, chosen: list[dict[str, Any]], results: list[Resul
     chosen = chosen or [{"title": CURVES, "runs": list(by_name)}]
     drawn = [(figure["title"], curves([by_name[name] for name in figure["runs"]], note)) for figure in chosen]
     drawn.append(("Accuracy against seconds of training", pareto(results, note)))
-    drawn.append(("Confusion of the best epoch", confusion(results, note)))
+    selected = results[0].summaries[0].get("select", "best")
+    drawn.append((f"Confusion of the {selected} epoch", confusion(results, note)))
     return save_figures(folder, drawn)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from fastres.files import read_json
 from fastres.report.figures import draw_figures
 from fastres.report.page import as_markdown, fill, table_of, write_page
@@ -78,6 +80,7 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         noise={metric: max(values) - min(values) for metric, values in study.get("repeated", {}).items()},
         accuracy_table=accuracy_table(results),
         phase_table=phase_table(study, results),
+        losses_table=losses_table(study, results),
         cost_table=cost_table(results),
         time_table=time_table(results, price_per_hour),
         first_to={target: first_to(results, target) for target in TARGETS},
@@ -198,6 +201,17 @@ def phase_table(study: dict[str, Any], results: list[Results]) -> str:
                     }
                 )
     return table_of(rows) if rows else ""
+
+
+def losses_table(study: dict[str, Any], results: list[Results]) -> str:
+    """The losses of the first steps, in a study that asks whether its runs are equivalent."""
+    if not any(item["expect"] == "equivalent" for item in study["conjectures"]):
+        return ""
+    losses = [pd.DataFrame(result.figures["first_losses"].to_dict()) for result in results]  # a column for each seed
+    spread = pd.concat(losses, keys=range(len(losses))).groupby(level=1).agg(lambda step: step.max() - step.min())
+    means = {as_markdown(one.label): loss.mean(axis=1) for one, loss in zip(results, losses, strict=True)}
+    columns = {"step": spread.index + 1} | means | {"largest difference": spread.max(axis=1)}
+    return table_of(pd.DataFrame(columns).map("{:.5g}".format).to_dict("records"))
 
 
 def cost_table(results: list[Results]) -> str:

@@ -25,7 +25,8 @@ from fastres.studies.plan import PlannedRun
 from fastres.training.start import RESUMABLE, read_saved
 
 COMMAND = (sys.executable, "-m", "fastres.train")
-PLACES = {"output_dir", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps"}  # change nothing in the results
+# settings that change nothing in the results
+PLACES = {"output_dir", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps", "price_per_hour"}
 
 
 class Place(NamedTuple):

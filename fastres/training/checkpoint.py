@@ -15,12 +15,13 @@ from safetensors.torch import load, save
 from fastres.errors import UserError, first_line
 from fastres.files import write_atomically
 from fastres.training import distributed
+from fastres.training.clock import PHASES
 from fastres.training.history import Row, check_history
 from fastres.training.trainer import Epoch, Trainer
 
-FORMAT = "fastres checkpoint 3"
+FORMAT = "fastres checkpoint 4"
 PARTS = {
-    "format", "run", "history", "steps_per_epoch", "epoch", "model", "optimizer", "average", "scaler", "rng",
+    "format", "run", "history", "seconds", "steps_per_epoch", "epoch", "model", "optimizer", "average", "scaler", "rng",
     "cuda_rng",
 }  # fmt: skip
 RANDOM_STATES = ("rng", "cuda_rng")
@@ -58,25 +59,33 @@ def checksum(state: dict[str, torch.Tensor]) -> str:
 
 
 def save_checkpoint(
-    path: Path, trainer: Trainer, run: dict[str, Any], history: list[Row], epoch: Epoch | None = None
+    path: Path,
+    trainer: Trainer,
+    run: dict[str, Any],
+    history: list[Row],
+    seconds: dict[str, float],
+    epoch: Epoch | None = None,
 ) -> None:
     """Writes everything that the next step depends on; ``epoch`` is the unfinished one, ``run`` the content of
-    config.json.
+    config.json, ``seconds`` those of the run's Clock.
 
     A collective call: all processes of a job pass the joint ``epoch``; rank 0 writes, with the random states of all.
     """
-    state = snapshot(trainer, run, history, epoch)
+    state = snapshot(trainer, run, history, seconds, epoch)
     state |= {part: distributed.gather(state[part]) for part in RANDOM_STATES}
     if distributed.rank() == 0:
         write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
-def snapshot(trainer: Trainer, run: dict[str, Any], history: list[Row], epoch: Epoch | None) -> dict[str, Any]:
+def snapshot(
+    trainer: Trainer, run: dict[str, Any], history: list[Row], seconds: dict[str, float], epoch: Epoch | None
+) -> dict[str, Any]:
     """The content of a checkpoint, but with the random states of this process instead of lists of all."""
     return {
         "format": FORMAT,
         "run": run,
         "history": history,
+        "seconds": seconds,
         "steps_per_epoch": trainer.steps_per_epoch,
         "epoch": epoch and epoch.state_dict(),
         "model": trainer.model.state_dict(),
@@ -152,8 +161,8 @@ def check(state: dict[str, Any], trainer: Trainer) -> None:
     """Raises ValueError if ``state``, which has all PARTS, differs in structure from a snapshot of ``trainer``."""
     check_history(state["history"], validated=trainer.config.val_fraction > 0)
     epoch = Epoch.begin(len(state["history"]), trainer.device) if state["epoch"] is not None else None
-    expected = snapshot(trainer, state["run"], state["history"], epoch)
-    for part in ("steps_per_epoch", "epoch", "model", "optimizer", "average", "scaler"):
+    expected = snapshot(trainer, state["run"], state["history"], dict.fromkeys(PHASES, 0.0), epoch)
+    for part in ("seconds", "steps_per_epoch", "epoch", "model", "optimizer", "average", "scaler"):
         check_like(state[part], expected[part], part)
     if state["steps_per_epoch"] != trainer.steps_per_epoch:
         raise ValueError(

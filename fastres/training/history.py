@@ -1,5 +1,6 @@
 """The history of a run: a row of figures for each epoch."""
 
+from itertools import accumulate
 from typing import Any
 
 Row = dict[str, Any]
@@ -11,9 +12,24 @@ COLUMNS = (
 VALIDATION_COLUMNS = ("val_loss", "val_accuracy")
 
 
+def selection_accuracy(row: Row) -> float:
+    """The accuracy, in percent, by which an epoch is selected: on the validation images if there are any."""
+    return row["val_accuracy" if "val_accuracy" in row else "test_accuracy"]
+
+
 def best_row(history: list[Row]) -> Row:
-    """The first epoch of the highest validation accuracy, or of the highest test accuracy without validation images."""
-    return max(history, key=lambda row: row["val_accuracy" if "val_accuracy" in row else "test_accuracy"])
+    """The first epoch of the highest ``selection_accuracy``."""
+    return max(history, key=selection_accuracy)
+
+
+def target_row(history: list[Row], target: float | None) -> Row | None:
+    """The first epoch whose ``selection_accuracy`` is ``target`` or more."""
+    return next((row for row in history if target is not None and selection_accuracy(row) >= target), None)
+
+
+def cumulative_seconds(history: list[Row]) -> list[float]:
+    """Seconds of training up to the end of each epoch."""
+    return list(accumulate(row["epoch_seconds"] for row in history))
 
 
 def check_history(history: Any, validated: bool) -> None:

@@ -1,7 +1,5 @@
 """A whole run: dataset and settings in, a folder of results out."""
 
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -9,26 +7,28 @@ from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pandas as pd
 import torch
 
-from fastres.config import ENGINE, TrainConfig
+from fastres.config import TrainConfig
 from fastres.data import Loader, create_loader
 from fastres.data.datasets import Dataset, Split
 from fastres.data.plan import EpochPlan, evaluation_plan, training_plan
 from fastres.errors import Interrupted, RunError, UserError
 from fastres.fields import as_json
 from fastres.files import claimed, new_folder, write_atomically, write_json
-from fastres.machine import commit, device_name, peak_memory_mb, versions
 from fastres.models import create_model
+from fastres.profiling.roofline import Machine
 from fastres.training import distributed
 from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights
+from fastres.training.clock import Clock
+from fastres.training.cost import energy, flop_an_image, measure_rates
 from fastres.training.event_log import EventLog
 from fastres.training.hardware import steps_per_epoch
-from fastres.training.history import Row, best_row
+from fastres.training.history import Row, best_row, target_row
+from fastres.training.summary import summarize
 from fastres.training.trainer import Epoch, Evaluation, Trainer
 
 WRITES = (
@@ -42,6 +42,7 @@ class Run:
 
     asked: the settings before ``resolve``, for config.json.
     checkpoint: of ``read_checkpoint``, for a run that goes on.
+    clock: started with the run's process; otherwise it starts now.
     """
 
     def __init__(
@@ -50,20 +51,27 @@ class Run:
         dataset: Dataset,
         checkpoint: dict[str, Any] | None = None,
         asked: TrainConfig | None = None,
+        clock: Clock | None = None,
     ) -> None:
-        self.config, self.asked = config, asked or config
+        self.config, self.asked, self.clock = config, asked or config, clock or Clock()
         validation: Split | None = None
         if config.val_fraction:
             dataset, validation = dataset.hold_out(config.val_fraction, config.seed)
         self.dataset, self.device = dataset, distributed.local_device(config.device)
-        self.test_loader = self._evaluation_loader(dataset.test)
-        self.validation_loader = self._evaluation_loader(validation) if validation else None
+        with self.clock.phase("data"):
+            self.test_loader = self._evaluation_loader(dataset.test)
+            self.validation_loader = self._evaluation_loader(validation) if validation else None
 
         torch.manual_seed(config.seed)
         model = create_model(
             config.model, len(dataset.classes), config.zero_gamma, bool(config.fused), config.sync_bn, config.init
         )
-        steps = steps_per_epoch(config, len(dataset.train))
+        images = len(dataset.train)
+        steps = steps_per_epoch(config, images)
+        images = steps * config.batch_size if config.drop_last else images
+        self.train_flop = config.epochs * images * flop_an_image(config, len(dataset.classes))
+        self.rates: list[Machine] = []  # of the machine, before and after training
+        self.joules: float | None = None  # of the GPU; of a run in one piece
         self.trainer = Trainer(model, config, self.device, len(dataset.classes), steps)
         if distributed.rank() > 0:
             torch.manual_seed(config.seed + distributed.rank())  # every process has dropout of its own
@@ -75,6 +83,7 @@ class Run:
         if checkpoint is not None:
             self.epoch = restore(checkpoint, self.trainer)
             self.history = checkpoint["history"]
+            self.clock.add(checkpoint["seconds"])
             distributed.on_rank_0(self._check_resumable)
 
     def _check_resumable(self) -> None:
@@ -112,7 +121,8 @@ class Run:
         """Created on first use, because it decodes every image of a folder."""
         config, images = self.config, len(self.dataset.train)
         plan = partial(training_plan, config.seed, num_images=images, augmentation=config.augmentation)
-        return self._loader(self.dataset.train, plan, config.batch_size, config.drop_last)
+        with self.clock.phase("data"):
+            return self._loader(self.dataset.train, plan, config.batch_size, config.drop_last)
 
     def fit(
         self,
@@ -130,23 +140,42 @@ class Run:
             self.config = self.trainer.config = replace(self.config, output_dir=folder)
             stack.enter_context(distributed.explain_lost_process(f"; --resume {folder} goes on"))
             distributed.on_rank_0(write_json, folder / "config.json", self.record)
-            self.warm_up_seconds = self.trainer.warm_up()
+            loader = self.train_loader
+            self._measure()
+            with self.clock.phase("warm_up"):
+                self.warm_up_seconds = self.trainer.warm_up()
             if not self.resumed:
                 self._save()
             log = EventLog(folder, len(self.history) + 1) if distributed.rank() == 0 else None
-            while len(self.history) < self.config.epochs:
-                epoch = self.epoch or Epoch.begin(len(self.history), self.trainer.device)
-                self.epoch = None
-                row = self._finish(self._train(epoch, on_step, signalled))
-                if log:
-                    log.add(row)
-                on_epoch(row)
+            before = energy(self.device)
+            with self.clock.phase("training"):
+                while len(self.history) < self.config.epochs and not self._reached_target:
+                    epoch = self.epoch or Epoch.begin(len(self.history), self.trainer.device)
+                    self.epoch = None
+                    row = self._finish(self._train(epoch, loader, on_step, signalled))
+                    if log:
+                        log.add(row)
+                    on_epoch(row)
+            after = energy(self.device)
+            if before is not None and after is not None and not self.resumed:
+                self.joules = after - before
+            self._measure()
             if log:
-                save_weights(self.trainer.model, folder / "last.safetensors")
-            summary = self._summary()
+                with self.clock.phase("writing"):
+                    save_weights(self.trainer.model, folder / "last.safetensors")
+            summary = summarize(self)
             if log:
                 write_json(folder / "summary.json", summary)
             return summary
+
+    @property
+    def _reached_target(self) -> bool:
+        return target_row(self.history, self.config.target_accuracy) is not None
+
+    def _measure(self) -> None:
+        with self.clock.phase("measuring"):
+            if rates := measure_rates(self.config, self.device, self.train_flop):
+                self.rates.append(rates)
 
     def _claim_folder(self, stack: ExitStack) -> Path:
         """The run's folder, locked until ``stack`` is closed."""
@@ -159,7 +188,7 @@ class Run:
             raise UserError(f"--output-dir {folder}: already holds a run; choose another folder, or --resume {folder}")
         return folder
 
-    def _train(self, epoch: Epoch, on_step: Callable[[], None], signalled: Callable[[], int]) -> Epoch:
+    def _train(self, epoch: Epoch, loader: Loader, on_step: Callable[[], None], signalled: Callable[[], int]) -> Epoch:
         """Trains on the rest of ``epoch``, saves within it as asked, and returns the joint epoch of all processes."""
         every = self.config.checkpoint_steps
 
@@ -167,7 +196,7 @@ class Run:
             on_step()
             asked = time.perf_counter()
             minutes = (time.monotonic() - self.last_save_time) / 60
-            step = epoch.number * len(self.train_loader) + epoch.steps
+            step = epoch.number * len(loader) + epoch.steps
             due = 0 < self.config.checkpoint_minutes <= minutes or (every > 0 and step % every == 0)
             # processes see a signal at different steps and have different clocks, but must save at the same step
             signal_number, save = distributed.max_over_processes(signalled(), due)
@@ -178,7 +207,7 @@ class Run:
             if signal_number:
                 raise Interrupted(signal_number, self.folder)
 
-        self.trainer.train_epoch(self.train_loader, epoch, after_step)
+        self.trainer.train_epoch(loader, epoch, after_step)
         return self._checked(epoch)
 
     def _checked(self, epoch: Epoch) -> Epoch:
@@ -198,7 +227,8 @@ class Run:
 
     def _finish(self, epoch: Epoch) -> Row:
         """Evaluates after ``epoch`` and writes its row and the checkpoints."""
-        test = self.trainer.evaluate(self.test_loader, epoch.number)
+        with self.clock.phase("evaluation"):
+            test = self.trainer.evaluate(self.test_loader, epoch.number)
         row: Row = {
             "epoch": epoch.number + 1,
             "lr": epoch.lr,
@@ -211,69 +241,34 @@ class Run:
             "data_wait_seconds": epoch.data_wait_seconds,
         }
         if self.validation_loader:
-            validation = self.trainer.evaluate(self.validation_loader, epoch.number)
+            with self.clock.phase("evaluation"):
+                validation = self.trainer.evaluate(self.validation_loader, epoch.number)
             row |= {"val_loss": validation.loss, "val_accuracy": validation.accuracy}
         self.history.append(row)
-        if distributed.rank() == 0:
-            if best_row(self.history) is row:
-                save_weights(self.trainer.model, self.folder / "best.safetensors")
-            frame = pd.DataFrame(self.history)
-            write_atomically(self.folder / "history.csv", partial(frame.to_csv, index=False))
-            write_atomically(self.folder / "history.pkl", frame.to_pickle)
-        if row["epoch"] % self.config.checkpoint_every == 0 or row["epoch"] == self.config.epochs:
+        with self.clock.phase("writing"):
+            if distributed.rank() == 0:
+                if best_row(self.history) is row:
+                    save_weights(self.trainer.model, self.folder / "best.safetensors")
+                frame = pd.DataFrame(self.history)
+                write_atomically(self.folder / "history.csv", partial(frame.to_csv, index=False))
+                write_atomically(self.folder / "history.pkl", frame.to_pickle)
+        last = row["epoch"] == self.config.epochs or self._reached_target
+        if row["epoch"] % self.config.checkpoint_every == 0 or last:
             self._save()
         return row
 
     def _save(self, epoch: Epoch | None = None) -> None:
-        save_checkpoint(self.folder / "last.pt", self.trainer, self.record, self.history, epoch)
+        with self.clock.phase("writing"):
+            save_checkpoint(self.folder / "last.pt", self.trainer, self.record, self.history, self.clock.read(), epoch)
         self.last_save_time = time.monotonic()
 
-    def evaluate_best(self) -> Evaluation:
-        """Evaluates the best epoch's weights, reloaded from their file, on the test split."""
+    def evaluate_weights(self, name: str) -> Evaluation:
+        """Evaluates the weights of the ``best`` or the ``last`` epoch, reloaded from their file, on the test split."""
         model = self.trainer.model
-        distributed.on_rank_0(load_weights, model, self.folder / "best.safetensors")
-        distributed.copy_from_rank_0(model.state_dict().values())
-        return self.trainer.evaluate(self.test_loader, self.config.epochs)
-
-    def _summary(self) -> dict[str, Any]:
-        config, best, last = self.config, best_row(self.history), self.history[-1]
-        waited = sum(row["data_wait_seconds"] for row in self.history)
-        peak_memory = peak_memory_mb(self.trainer.device)
-        evaluation = self.evaluate_best()
-        return {
-            "model": config.model,
-            "dataset": self.dataset.name,
-            "num_classes": len(self.dataset.classes),
-            "train_images": len(self.dataset.train),
-            "test_images": len(self.dataset.test),
-            "skipped_images": self.dataset.skipped_images,
-            "mean": list(self.dataset.mean),
-            "std": list(self.dataset.std),
-            "params_millions": sum(parameter.numel() for parameter in self.trainer.model.parameters()) / 1e6,
-            "epochs": len(self.history),
-            "best_selected_on": "validation" if self.validation_loader else "test",
-            "best_accuracy": evaluation.accuracy,
-            "best_epoch": best["epoch"],
-            "test_loss": evaluation.loss,
-            "last_accuracy": last["test_accuracy"],
-            "last_test_loss": last["test_loss"],
-            "per_class_accuracy": dict(zip(self.dataset.classes, evaluation.per_class_accuracy, strict=True)),
-            "confusion_matrix": evaluation.confusion,
-            "epoch_seconds": median(row["epoch_seconds"] for row in self.history),
-            "images_per_second": median(row["images_per_second"] for row in self.history),
-            "data_wait_fraction": waited / sum(row["epoch_seconds"] for row in self.history),
-            "train_seconds": sum(row["epoch_seconds"] for row in self.history),
-            "warm_up_seconds": self.warm_up_seconds,
-            "peak_memory_mb": peak_memory,
-            "device": device_name(self.trainer.device),
-            "world_size": distributed.world_size(),
-            **{name: getattr(config, name) for name in ENGINE},
-            "seed": config.seed,
-            "command": shlex.join(["python", *sys.orig_argv[1:]]),
-            "date": f"{datetime.now():%Y-%m-%d %H:%M}",
-            "versions": versions(),
-            "commit": commit(),
-        }
+        with self.clock.phase("evaluation"):
+            distributed.on_rank_0(load_weights, model, self.folder / f"{name}.safetensors")
+            distributed.copy_from_rank_0(model.state_dict().values())
+            return self.trainer.evaluate(self.test_loader, self.config.epochs)
 
     def _loader(
         self,

@@ -12,13 +12,15 @@ from fastres.fields import as_flag, read_table
 from fastres.files import read_json
 from fastres.training import distributed
 from fastres.training.checkpoint import read_checkpoint
+from fastres.training.clock import Clock
 from fastres.training.hardware import resolve, tune_libraries
 from fastres.training.run import Run
 
 # what may differ between a checkpoint and the run that goes on from it, and between a run and its evaluation
 RESUMABLE = {
     "data_dir", "device", "loader", "workers", "fused", "compile", "compile_mode", "cuda_graphs", "epochs",
-    "eval_batch_size", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps",
+    "eval_batch_size", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps", "target_accuracy", "select",
+    "price_per_hour",
 }  # fmt: skip
 EVALUABLE = {"data_dir", "device", "workers", "eval_batch_size", *ENGINE}
 # what a resumed run chooses anew if it was ``auto``, because it may go on with another machine
@@ -77,16 +79,20 @@ def open_run(
     resume: Path | None = None,
     finished: Path | None = None,
     say: Say = lambda line: None,
+    clock: Clock | None = None,
 ) -> Run:
     """The run that ``flags`` (settings by name) ask for; nothing is written yet.
 
     resume: a run's folder or checkpoint to go on from. A job that torchrun restarts goes on from its own folder.
     finished: the folder of a finished run, to evaluate it again.
     say: is called on rank 0 with the lines that tell what was chosen and why.
+    clock: of the run; starts now unless it is given.
     """
-    run = distributed.on_rank_0(_choose, flags, resume, finished, say)
+    clock = clock or Clock()
+    with clock.phase("data"):  # which takes nearly all of the time
+        run = distributed.on_rank_0(_choose, flags, resume, finished, say)
     tune_libraries(run[0].device)
-    return Run(*run)
+    return Run(*run, clock)
 
 
 def _choose(

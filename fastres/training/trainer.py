@@ -21,6 +21,8 @@ from fastres.training.schedule import lr_factor
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 Mark = Any  # CPU: seconds; GPU: a recorded CUDA event
+TOP5_CLASSES = 100  # from so many on, an evaluation has a top-5 accuracy
+FIRST_STEPS = 10  # whose losses are kept
 CPU_OUT_OF_MEMORY = "can't allocate memory"  # in the message of torch's plain RuntimeError
 
 
@@ -106,11 +108,15 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy, accuracy in percent, and ``confusion[true][predicted]`` in images."""
+    """Mean cross-entropy, accuracy in percent, and ``confusion[true][predicted]`` in images.
+
+    top5_accuracy: percentage of images whose label is among the five highest logits; None below 100 classes.
+    """
 
     loss: float
     accuracy: float
     confusion: list[list[int]]
+    top5_accuracy: float | None = None
 
     @property
     def per_class_accuracy(self) -> list[float]:
@@ -145,6 +151,7 @@ class Trainer:
         if distributed.world_size() > 1:
             self.forward = compiled(DistributedDataParallel(self.model), config)
         self.replay: Step | None = None  # the step as a CUDA graph
+        self.losses: list[torch.Tensor] = []  # of the first steps of the run
         self.waits: list[tuple[Mark, Mark]] = []  # start and end of each wait for a batch since the last settle
         with explain_out_of_memory("--model", config.model):
             self.optimizer = create_optimizer(self.model, config, device)
@@ -211,6 +218,8 @@ class Trainer:
                     loss, logits = self.replay(images, labels)
                 else:
                     loss, logits = self._step(images, labels, weight)
+            if epoch.number == 0 and epoch.steps < FIRST_STEPS:
+                self.losses.append(loss.clone())
             epoch.loss_sum += loss * len(labels)
             epoch.finite_steps += epoch.loss_sum.isfinite()
             epoch.correct += (logits.argmax(1) == labels).sum()
@@ -221,6 +230,11 @@ class Trainer:
             start, asked = time.perf_counter(), self._mark()
         epoch.seconds += time.perf_counter() - start
         self.settle(epoch)
+
+    @property
+    def first_losses(self) -> list[float]:
+        """The losses of the run's first steps, as far as this process trained them, on its shards of the batches."""
+        return [loss.item() for loss in self.losses]
 
     def settle(self, epoch: Epoch) -> None:
         """Synchronises (counted as training time), then adds the data wait to ``epoch``."""
@@ -269,6 +283,7 @@ class Trainer:
         distributed.copy_from_rank_0(self.model.buffers())
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         counts = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
+        in_top5 = torch.zeros((), dtype=torch.int64, device=self.device)
         for images, labels in loader.epoch(epoch):
             with explain_out_of_memory("--eval-batch-size", self.config.eval_batch_size), self._autocast():
                 images, labels = self._to_device(images, labels)
@@ -276,12 +291,17 @@ class Trainer:
             loss_sum += F.cross_entropy(logits, labels, reduction="sum")
             cell = labels * self.num_classes + logits.argmax(1)
             counts.view(-1).index_add_(0, cell, torch.ones_like(cell))
-        losses, parts = zip(*distributed.gather((loss_sum.item(), counts.cpu())), strict=True)
+            if self.num_classes >= TOP5_CLASSES:
+                in_top5 += (logits.topk(5).indices == labels[:, None]).sum()
+        own = loss_sum.item(), counts.cpu(), in_top5.item()
+        losses, parts, top5 = zip(*distributed.gather(own), strict=True)
         counts = sum(parts)
+        images = counts.sum().item()
         return Evaluation(
-            loss=sum(losses) / counts.sum().item(),
-            accuracy=100 * counts.diag().sum().item() / counts.sum().item(),
+            loss=sum(losses) / images,
+            accuracy=100 * counts.diag().sum().item() / images,
             confusion=counts.tolist(),
+            top5_accuracy=100 * sum(top5) / images if self.num_classes >= TOP5_CLASSES else None,
         )
 
     def synchronize(self) -> None:

@@ -11,30 +11,61 @@ from rich.console import Console
 from fastres.report.plots import plot_curves
 from fastres.report.tables import summary_table
 
+SUMMARY = {
+    "model": "vgg16", "dataset": "digits", "best_accuracy": 90.123, "best_epoch": 3, "best_selected_on": "test",
+    "best_on_test_accuracy": 90.123, "selection_gain": 9.778, "top5_accuracy": None, "select": "last",
+    "target_accuracy": None, "target_epoch": None, "target_seconds": None,
+    "last_accuracy": 80.345, "epochs": 5, "test_loss": 0.25, "epoch_seconds": 12.345, "warm_up_seconds": 4.56,
+    "compile": True, "cuda_graphs": False, "images_per_second": 1234.5, "data_wait_fraction": 0.0312,
+    "wall_seconds": 100.0, "phase_seconds": {"start_up": 4.0, "training": 96.0}, "share_of_limit": 0.625,
+    "train_flop": 7.89e13, "train_flop_per_second": 8.2e11, "joules": None, "price": None,
+    "peak_memory_mb": 2345.6, "device": "Some CPU", "params_millions": 14.7,
+}  # fmt: skip
+
+
+def printed(**changes):
+    """The lines of the summary's table."""
+    file = io.StringIO()
+    Console(file=file, width=140).print(summary_table(SUMMARY | changes))
+    return [" ".join(line.replace("│", " ").split()) for line in file.getvalue().splitlines()]
+
 
 def test_the_summary_on_the_terminal():
-    summary = {
-        "model": "vgg16", "dataset": "digits", "best_accuracy": 90.123, "best_epoch": 3, "best_selected_on": "test",
-        "last_accuracy": 80.345, "epochs": 5, "test_loss": 0.25, "epoch_seconds": 12.345, "warm_up_seconds": 4.56,
-        "compile": True, "cuda_graphs": False, "images_per_second": 1234.5, "data_wait_fraction": 0.0312,
-        "peak_memory_mb": 2345.6, "device": "Some CPU", "params_millions": 14.7,
-    }  # fmt: skip
-    printed = io.StringIO()
-    Console(file=printed, width=120).print(summary_table(summary))
-    lines = [" ".join(line.replace("│", " ").split()) for line in printed.getvalue().splitlines()]
+    lines = printed()
     for line in (
         "vgg16 on digits",
-        "best test accuracy 90.12 % of epoch 3, the best on test",
-        "last test accuracy 80.34 % of epoch 5",
-        "test loss 0.2500 of the best epoch",
-        "seconds an epoch 12.35 median, training alone",
+        "accuracy, last epoch 80.34 % of epoch 5",
+        "accuracy, best on test 90.12 % of epoch 3, +9.78 points, chosen by the test set",
+        "test loss 0.2500 of the last epoch",
+        "seconds an epoch 12.35 median, of training only",
         "warm-up 4.6 s compiled",
         "images/s 1,234 median",
         "data wait 3.1 % of the epochs' time",
+        "whole process 100.0 s start-up 4.0, training 96.0",
+        "arithmetic 78.9 TFLOP 0.82 TFLOP/s, 62 % of the limit",
+        "energy not available here",
         "peak memory 2,346 MiB Some CPU",
         "parameters 14.70 M",
     ):
         assert line in lines
+    assert not [line for line in lines if line.startswith(("price", "top-5", "reached"))]
+
+
+def test_what_the_summary_shows_where_there_is_more():
+    lines = printed(
+        best_selected_on="validation", best_on_test_accuracy=91.5, top5_accuracy=99.1, target_accuracy=90.0,
+        target_epoch=3, target_seconds=37.04, joules=12345.6, price=0.125,
+    )  # fmt: skip
+    for line in (
+        "accuracy, best on validation 90.12 % of epoch 3, +9.78 points",
+        "accuracy, best on test 91.50 % chosen by the test set",
+        "top-5 accuracy 99.10 % of the last epoch",
+        "reached 90 % epoch 3 37.0 s of training",
+        "energy 12,346 J of the GPU, by NVML",
+        "price 0.1250 of the whole process",
+    ):
+        assert line in lines
+    assert "reached 95 % not" in printed(target_accuracy=95.0)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def assert_same_run(one, other):
     for state in (first, second):
         for settings in (state["run"]["asked"], state["run"]["chosen"]):
             settings.pop("output_dir", None)
+        state.pop("seconds")
         for row in state["history"]:
             for name in ("epoch_seconds", "images_per_second", "data_wait_seconds"):
                 row.pop(name)
@@ -40,5 +41,5 @@ def assert_same_run(one, other):
     for name in ("best.safetensors", "last.safetensors"):
         torch.testing.assert_close(*(load_file(folder / name) for folder in (one, other)), rtol=0, atol=0)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
-    for name in ("best_accuracy", "best_epoch", "test_loss", "last_accuracy", "confusion_matrix"):
+    for name in ("best_accuracy", "best_epoch", "test_loss", "last_accuracy", "accuracy", "confusion_matrix"):
         assert summaries[0][name] == summaries[1][name]

@@ -76,7 +76,7 @@ def test_flipped_bits_in_the_best_weights_are_noticed(finished):
         damaged[draw.randrange(weights, len(content))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"best.safetensors: damaged, its checksum"):
-            run.evaluate_best()
+            run.evaluate_weights("best")
 
 
 def test_weights_from_elsewhere_need_no_checksum(finished):
@@ -84,10 +84,10 @@ def test_weights_from_elsewhere_need_no_checksum(finished):
     path = run.folder / "best.safetensors"
     state = load_file(path)
     save_file(state, path)
-    assert run.evaluate_best().loss == pytest.approx(summary["test_loss"])
+    assert run.evaluate_weights("best").loss == pytest.approx(summary["best_test_loss"])
     save_file({name: tensor for name, tensor in state.items() if name != "7.bias"}, path)
     with pytest.raises(UserError, match=r"best.safetensors: does not hold weights of this model"):
-        run.evaluate_best()
+        run.evaluate_weights("best")
 
 
 @pytest.fixture

@@ -4,11 +4,14 @@ import gc
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,13 +21,18 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastres.data.datasets import Split
+from fastres.data.datasets import folder as image_files
 from fastres.data.plan import training_plan
-from fastres.errors import RunError
-from fastres.models import create_model
+from fastres.errors import Interrupted, RunError
+from fastres.models import MODELS, create_model
 from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
+from fastres.profiling.roofline import Machine
+from fastres.training import cost
 from fastres.training.checkpoint import read_checkpoint
+from fastres.training.cost import flop_an_image
 from fastres.training.history import best_row
 from fastres.training.start import read_saved
+from tests.conftest import tiny_model
 from tests.data.test_loaders import reference
 from tests.training.conftest import start
 
@@ -50,10 +58,14 @@ def test_what_a_run_leaves(finished, arrays):
     assert (saved.config, saved.class_names) == (run.config, ("dark", "bright"))
 
     best = history.loc[history["test_accuracy"].idxmax()]
-    assert summary["best_accuracy"] == pytest.approx(best["test_accuracy"])
-    assert summary["test_loss"] == pytest.approx(best["test_loss"], rel=1e-6)
+    last = history.iloc[-1]
+    assert summary["best_accuracy"] == summary["best_on_test_accuracy"] == best["test_accuracy"]
+    assert summary["best_test_loss"] == best["test_loss"]
     assert summary["best_epoch"] == best["epoch"]
-    assert summary["last_accuracy"] == pytest.approx(history["test_accuracy"].iloc[-1])
+    assert summary["last_accuracy"] == summary["accuracy"] == last["test_accuracy"]
+    assert summary["test_loss"] == pytest.approx(last["test_loss"], rel=1e-6)
+    assert summary["selection_gain"] == best["test_accuracy"] - last["test_accuracy"]
+    assert summary["test_evaluations"] == 4  # three epochs, and once more with the weights of the file
     for name in ("epoch_seconds", "images_per_second"):
         assert summary[name] == pytest.approx(history[name].median())
     np.testing.assert_allclose(history["images_per_second"] * history["epoch_seconds"], 60)
@@ -62,6 +74,12 @@ def test_what_a_run_leaves(finished, arrays):
     assert summary["data_wait_fraction"] == pytest.approx(wait)
     (right_dark, _), (_, right_bright) = summary["confusion_matrix"]
     assert summary["per_class_accuracy"] == {"dark": 10 * right_dark, "bright": 10 * right_bright}
+    assert summary["train_flop"] == 3 * 60 * flop_an_image(run.config, 2)
+    assert summary["train_flop_per_second"] == summary["train_flop"] / summary["train_seconds"]
+    assert summary["machine_rates"] == []  # a short run
+    assert summary["share_of_limit"] is summary["joules"] is summary["price"] is summary["target_epoch"] is None
+    assert len(summary["first_losses"]) == 3  # of the first epoch
+    assert np.mean(summary["first_losses"]) == pytest.approx(history["train_loss"][0])
     assert 100 < summary["peak_memory_mb"] < 10_000
     assert summary["params_millions"] == pytest.approx(1.450e-3, abs=1e-6)
     for name in ("device", "loader", "amp", "channels_last", "compile", "fused", "seed", "versions", "commit"):
@@ -283,10 +301,110 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(arrays, tm
     assert seeds == {name: 0, f"{name}-2": 1, f"{name}-3": 2}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-@pytest.mark.parametrize("loader", ["dali", "eager"])
-def test_a_long_run_keeps_nothing(loader, arrays, tmp_path):
-    dataset = replace(arrays, train=arrays.train.take(np.arange(8)), test=arrays.test.take(np.arange(4)))
+def test_the_phases_of_a_run_are_its_time(arrays, tmp_path):
+    run = start(arrays, tmp_path / "run", epochs=5)
+    before, begin = sum(run.clock.read().values()), time.monotonic()
+    summary = run.fit()
+    wall = before + time.monotonic() - begin
+    phases = summary["phase_seconds"]
+    assert sum(phases.values()) == summary["wall_seconds"] == pytest.approx(wall, rel=0.01, abs=0.05)
+    assert phases["training"] >= summary["train_seconds"]
+    assert phases["warm_up"] >= summary["warm_up_seconds"]
+    assert all(phases[name] > 0 for name in ("data", "evaluation", "writing", "start_up"))
+
+
+def test_the_clock_of_a_resumed_run_has_the_seconds_of_both_processes(arrays, tmp_path):
+    def stop():
+        return signal.SIGTERM if len(run.history) == 2 else 0
+
+    run = start(arrays, tmp_path / "run")
+    with pytest.raises(Interrupted):
+        run.fit(signalled=stop)
+    before = read_checkpoint(tmp_path / "run")["seconds"]
+    assert before["training"] > 0
+    rest = start(arrays, tmp_path / "run", read_checkpoint(tmp_path / "run"))
+    assert rest.fit()["phase_seconds"]["training"] > before["training"]
+
+
+def test_seconds_count_from_the_start_of_the_process():
+    script = (
+        "import time; time.sleep(0.3); start = time.monotonic(); from fastres.training.clock import process_age; "
+        "print(process_age(), time.monotonic() - start)"
+    )
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    age, importing = map(float, done.stdout.split())
+    assert 0.3 + importing < age < time.monotonic() - begin + 0.02
+
+
+def test_a_run_stops_at_its_target(arrays, tmp_path):
+    summary = start(arrays, tmp_path / "run", epochs=50, lr=0.05, target_accuracy=60).fit()
+    history = pd.read_csv(tmp_path / "run/history.csv")
+    assert 1 <= len(history) < 50
+    assert (history["test_accuracy"] >= 60).tolist() == [False] * (len(history) - 1) + [True]
+    assert summary["target_epoch"] == summary["epochs"] == len(history)
+    assert summary["target_seconds"] == pytest.approx(history["epoch_seconds"].sum())
+    again = start(arrays, tmp_path / "run", read_checkpoint(tmp_path / "run"), epochs=50, target_accuracy=60)
+    assert again.fit()["epochs"] == len(history)  # it has been reached
+
+
+def test_a_target_is_of_the_validation_images_where_there_are_any(arrays, tmp_path):
+    settings = {"epochs": 50, "lr": 0.05, "val_fraction": 0.3, "target_accuracy": 60, "checkpoint_every": 50}
+    start(arrays, tmp_path / "run", **settings).fit()
+    history = pd.read_csv(tmp_path / "run/history.csv")
+    assert (history["val_accuracy"] >= 60).tolist() == [False] * (len(history) - 1) + [True]
+    assert len(read_checkpoint(tmp_path / "run")["history"]) == len(history)
+
+
+def test_the_rates_of_the_machine_are_measured_before_and_after_a_long_run(arrays, tmp_path, monkeypatch):
+    rates = [Machine(1e12, 1e10), Machine(3e12, 3e10)]
+    monkeypatch.setattr(cost, "measure_machine", lambda device, dtype: rates.pop(0))
+    monkeypatch.setitem(cost.MEASURED_FLOP, "cpu", 1.0)
+    run = start(arrays, tmp_path / "run", price_per_hour=3600)
+    summary = run.fit()
+    assert summary["machine_rates"] == [
+        {"flops_per_second": 1e12, "bytes_per_second": 1e10}, {"flops_per_second": 3e12, "bytes_per_second": 3e10},
+    ]  # fmt: skip
+    share = cost.share_of_limit(run.config, 2, summary["images_per_second"], [Machine(2e12, 2e10)])
+    assert summary["share_of_limit"] == share
+    assert 0 < share < 1
+    assert summary["price"] == pytest.approx(summary["wall_seconds"])
+
+
+def test_best_weights_are_the_result_where_they_are_selected(arrays, tmp_path):
+    run = start(arrays, tmp_path / "run", select="best", epochs=4)
+    summary = run.fit()
+    assert summary["accuracy"] == summary["best_accuracy"]
+    assert summary["test_loss"] == pytest.approx(summary["best_test_loss"], rel=1e-6)
+
+
+def test_joules_are_those_of_nvml(monkeypatch):
+    class Library:
+        def nvmlInit_v2(self):  # noqa: N802
+            return 0
+
+        def nvmlDeviceGetHandleByUUID(self, uuid, handle):  # noqa: N802
+            assert uuid == b"GPU-1-2"
+            return 0
+
+        def nvmlDeviceGetTotalEnergyConsumption(self, handle, energy):  # noqa: N802
+            energy._obj.value = 12_500
+            return self.error
+
+    library = Library()
+    monkeypatch.setattr(cost.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
+    library.error = 0
+    assert cost.energy(torch.device("cuda")) == 12.5
+    library.error = 3  # not supported
+    assert cost.energy(torch.device("cuda")) is None
+    assert cost.energy(torch.device("cpu")) is None
+
+
+def long_run(loader, images, folder):
+    """Trains 200 epochs; memory, files and threads at their end must be what they were after 20."""
+    MODELS["vgg11"], dataset = tiny_model, image_files(Path(images))
+    dataset = replace(dataset, train=dataset.train.take(np.arange(8)), test=dataset.test.take(np.arange(4)))
     settings = {"loader": loader, "workers": 1, "epochs": 200, "batch_size": 4, "eval_batch_size": 4}
     early, late = [], []
 
@@ -296,9 +414,17 @@ def test_a_long_run_keeps_nothing(loader, arrays, tmp_path):
         if row["epoch"] > 195:
             late.append(in_use())
 
-    start(dataset, tmp_path / "run", **settings).fit(on_epoch=on_epoch)
+    start(dataset, Path(folder), **settings).fit(on_epoch=on_epoch)
     # several epochs each, since memory, files and threads also come and go within one
     memory, files, threads = np.min(late, axis=0) - np.max(early, axis=0)
     assert memory < 8  # MiB, for the allocator's freedom; each epoch's row takes 1 KiB
     assert files <= 0
     assert threads <= 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("loader", ["dali", "eager"])
+def test_a_long_run_keeps_nothing(loader, image_folder, tmp_path):
+    """In a small process, because forking a large one, as the eager loader does in every epoch, takes long."""
+    script = "import sys; from tests.training.test_run import long_run; long_run(*sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", script, loader, image_folder, tmp_path / "run"], check=True)

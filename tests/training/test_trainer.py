@@ -1,4 +1,5 @@
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,6 +204,23 @@ def test_evaluation_counts_every_image_once(device):
     assert evaluation.confusion == confusion.tolist()
     expected = 100 * confusion.diagonal() / confusion.sum(1)
     assert evaluation.per_class_accuracy == pytest.approx(expected.tolist())
+
+
+def test_top_5_of_a_hundred_classes():
+    trainer = make_trainer(random_batches([8]))
+    trainer.num_classes = 100
+    logits = torch.zeros(4, 100)
+    labels = torch.tensor([0, 50, 99, 7])
+    logits[0, 0], logits[1, :4], logits[1, 50], logits[2, 10:15] = 9, 5, 1, 3  # first, fifth, sixth, among equals
+    logits[3, :6] = torch.arange(6.0)
+    trainer.predict = lambda images: logits
+    batches = SimpleNamespace(epoch=lambda number: [(torch.zeros(4, 3, 32, 32), labels)])
+    evaluation = trainer.evaluate(batches, 0)
+    assert (evaluation.accuracy, evaluation.top5_accuracy) == (25.0, 50.0)
+    trainer.num_classes = 99
+    logits, labels = logits[:, :99], labels.clamp(max=98)
+    batches = SimpleNamespace(epoch=lambda number: [(torch.zeros(4, 3, 32, 32), labels)])
+    assert trainer.evaluate(batches, 0).top5_accuracy is None
 
 
 def test_evaluation_leaves_the_model_as_it_is():

@@ -1,0 +1,67 @@
+"""What a run costs beyond its seconds: floating-point operations, the machine's limit, and energy."""
+
+import ctypes
+from contextlib import suppress
+
+import torch
+
+from fastres.config import TrainConfig
+from fastres.errors import RunError
+from fastres.models import create_model
+from fastres.profiling.roofline import Machine, forward_macs, limit_seconds, measure_machine, step_kernels
+from fastres.training import distributed
+from fastres.training.trainer import AMP_DTYPES, explain_out_of_memory
+
+# a run of fewer FLOP, of less than a minute or two, is not worth the seconds of measuring the machine
+MEASURED_FLOP = {"cpu": 1e14, "cuda": 1e16}
+
+
+def flop_an_image(config: TrainConfig, num_classes: int) -> float:
+    """Floating-point operations of training on an image: three times those of a forward pass (forward, gradient of the
+    input, gradient of the weight), of convolutions and linear layers; a multiply-add is two."""
+    with torch.device("meta"):
+        model = create_model(config.model, num_classes, config.zero_gamma, fused=False)
+    return 3 * 2 * forward_macs(model)
+
+
+def measure_rates(config: TrainConfig, device: torch.device, flop: float) -> Machine | None:
+    """The machine's rates now, for a run of ``flop``.
+
+    None for a short run, for one of several processes, and where memory does not suffice for measuring.
+    """
+    if distributed.world_size() == 1 and flop >= MEASURED_FLOP[device.type]:
+        with suppress(RunError), explain_out_of_memory("--batch-size", config.batch_size):
+            return measure_machine(device, AMP_DTYPES[config.amp])
+    return None
+
+
+def share_of_limit(config: TrainConfig, num_classes: int, images_per_second: float, rates: list[Machine]) -> float:
+    """The roofline limit of a step at the mean of ``rates``, over the seconds that it took: 1 is the limit."""
+    mean = Machine(
+        sum(machine.flops_per_second for machine in rates) / len(rates),
+        sum(machine.bytes_per_second for machine in rates) / len(rates),
+    )
+    with torch.device("meta"):
+        model = create_model(config.model, num_classes, config.zero_gamma)
+    kernels = step_kernels(model, config.batch_size, AMP_DTYPES[config.amp])
+    return limit_seconds(kernels, mean) * images_per_second / config.batch_size
+
+
+def energy(device: torch.device) -> float | None:
+    """Joules that the GPU has used since its driver was loaded, by NVML; None where that is not available."""
+    if device.type != "cuda":
+        return None
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+        calls = (
+            lambda: nvml.nvmlInit_v2(),
+            lambda: nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)),
+            lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)),
+        )
+        if any(call() for call in calls):  # an error number
+            return None
+    except (OSError, AttributeError):
+        return None
+    return millijoules.value / 1000
