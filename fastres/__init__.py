@@ -6,6 +6,7 @@ The public API, whose modules are imported on first use:
 * ``load_model``: a trained model from a run's folder, ready to predict.
 * ``create_model``, ``list_models``: the networks.
 * ``DaliLoader``, ``EagerLoader``, ``training_plan``, ``evaluation_plan``: augmented batches for any training loop.
+* ``check_loader``: whether a loader of your own gives the batches of a plan.
 * ``BatchNormReLU2d``, ``batch_norm_relu``: the fused operator, as a module and as a function.
 * ``keep_freed_memory``: the memory setting that training uses on a CPU.
 * ``UserError``: the base class of the errors that a user can fix.
@@ -17,6 +18,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastres.data.check import check_loader as check_loader
     from fastres.data.dali import DaliLoader as DaliLoader
     from fastres.data.eager import EagerLoader as EagerLoader
     from fastres.data.plan import evaluation_plan as evaluation_plan
@@ -38,6 +40,7 @@ _MODULES = {
     "EagerLoader": "fastres.data.eager",
     "UserError": "fastres.errors",
     "batch_norm_relu": "fastres.ops.batch_norm_relu",
+    "check_loader": "fastres.data.check",
     "create_model": "fastres.models",
     "evaluation_plan": "fastres.data.plan",
     "fit": "fastres.train",
