@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from fastres.config import TrainConfig
-from fastres.data.datasets import folder, synthetic
+from fastres.data.datasets import synthetic
+from fastres.data.image_folder import folder
 from fastres.profiling.measure import interleave, planned_loader
 
 BATCH = 128

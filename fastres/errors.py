@@ -1,9 +1,11 @@
 """Errors that a user can fix; command lines print them as one line, without a traceback."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from signal import Signals
+
+EXAMPLES = 3  # of many things that a line names
 
 
 class UserError(Exception):
@@ -35,6 +37,12 @@ class Interrupted(Exception):  # noqa: N818
 def first_line(error: BaseException) -> str:
     """The first line of the error's message, or the name of its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def examples(items: Sequence[object]) -> str:
+    """The first ``EXAMPLES`` of ``items``, and how many more there are."""
+    more = f" and {len(items) - EXAMPLES:,} more" if len(items) > EXAMPLES else ""
+    return ", ".join(map(str, items[:EXAMPLES])) + more
 
 
 @contextmanager

@@ -19,8 +19,9 @@ import torch
 from rich.console import Console
 
 from fastres.config import ENGINE, TrainConfig
-from fastres.data.datasets import DATASETS, Dataset, load_dataset, synthetic
+from fastres.data.datasets import DATASETS, load_dataset, synthetic
 from fastres.data.plan import STEPS
+from fastres.data.splits import Dataset
 from fastres.errors import UserError
 from fastres.fields import as_json, check_fields, flag
 from fastres.files import claimed, new_folder, write_json

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import nn
 
 from fastres import train
-from fastres.data.datasets import Dataset, Split, folder
+from fastres.data.image_folder import folder
+from fastres.data.splits import Dataset, Split
 from fastres.models import MODELS
 
 torch.set_num_threads(2)

@@ -10,7 +10,7 @@ import torch
 
 import fastres
 from fastres.__main__ import main
-from fastres.data.datasets import Split
+from fastres.data.splits import Split
 from fastres.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_vgg11")

@@ -26,7 +26,8 @@ from safetensors.torch import load, save_file
 from fastres import train
 from fastres.config import TrainConfig
 from fastres.data.dali import decode
-from fastres.data.datasets import DATASETS, decode_image, digits, load_dataset
+from fastres.data.datasets import DATASETS, digits, load_dataset
+from fastres.data.image_folder import decode_image
 from fastres.errors import Interrupted, UserError
 from fastres.flags import Parser, add_flags
 from fastres.models import MODELS

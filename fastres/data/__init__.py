@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from fastres.data.datasets import CIFAR10_MEAN, CIFAR10_STD, IMAGE_SIZE, Split
 from fastres.data.plan import EpochPlan
+from fastres.data.splits import CIFAR10_MEAN, CIFAR10_STD, IMAGE_SIZE, Split
 from fastres.errors import UserError, first_line
 
 Batch = tuple[torch.Tensor, torch.Tensor]

@@ -11,8 +11,9 @@ from nvidia.dali import Pipeline, fn, types
 from PIL import Image
 
 from fastres.data import Batch, PlanLoader
-from fastres.data.datasets import IMAGE_SIZE, Split, decode_image
+from fastres.data.image_folder import decode_image
 from fastres.data.plan import CUTOUT_SIZE, EpochPlan
+from fastres.data.splits import IMAGE_SIZE, Split
 
 MAX_BATCHES_IN_FLIGHT = 8  # that the GPU may still read; then the host waits
 DECODE_BATCH, DECODE_BATCH_LARGE = 512, 16  # 32x32 images; images of up to MAX_PIXELS

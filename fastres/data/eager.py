@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
 from fastres.data import Batch, PlanLoader
-from fastres.data.datasets import IMAGE_SIZE, Split, decode_image
+from fastres.data.image_folder import decode_image
 from fastres.data.plan import CROP_PADDING, CUTOUT_SIZE, EpochPlan
+from fastres.data.splits import IMAGE_SIZE, Split
 from fastres.errors import RunError
 
 # A worker must not collect the garbage of the process that it was forked from: the threads of a DALI pipeline, say, do

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastres.data.datasets import IMAGE_SIZE
+from fastres.data.splits import IMAGE_SIZE
 from fastres.errors import UserError
 
 CROP_PADDING = 4  # pixels of zeros around the image before the random crop

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from fastres.config import TrainConfig
 from fastres.data import Batch, Loader, create_loader
-from fastres.data.datasets import Dataset
 from fastres.data.plan import training_plan
+from fastres.data.splits import Dataset
 from fastres.models import create_model
+from fastres.training.epoch import Epoch
 from fastres.training.hardware import steps_per_epoch
 from fastres.training.optimizer import state_tensors
-from fastres.training.trainer import AMP_DTYPES, Epoch, Trainer, compiled
+from fastres.training.trainer import AMP_DTYPES, Trainer, compiled
 
 # The settings of eager PyTorch. Profile and benchmarks take them with PlainTrainer. A study trains by fastres.train, so
 # its eager run has fastres' own loop, whose gain is therefore missing from the study's "x eager".

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from fastres.config import TrainConfig, over_recipe
-from fastres.data.datasets import MINI_CIFAR10_CLASSES, Dataset, load_dataset
+from fastres.data.datasets import MINI_CIFAR10_CLASSES, load_dataset
+from fastres.data.splits import Dataset
 from fastres.errors import UserError, named
 from fastres.fields import check_fields, flag
 from fastres.models import create_model

@@ -16,8 +16,9 @@ from fastres.errors import UserError, first_line
 from fastres.files import write_atomically
 from fastres.training import distributed
 from fastres.training.clock import PHASES
+from fastres.training.epoch import Epoch
 from fastres.training.history import Row, check_history
-from fastres.training.trainer import Epoch, Trainer
+from fastres.training.trainer import Trainer
 
 FORMAT = "fastres checkpoint 4"
 PARTS = {

@@ -54,5 +54,7 @@ def process_age() -> float:
     stat = Path("/proc/self/stat")
     if not stat.exists():
         return 0.0
-    started = int(stat.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")  # after boot
+    started = int(stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]) / os.sysconf(
+        "SC_CLK_TCK"
+    )  # after boot
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started

@@ -8,7 +8,8 @@ import torch
 
 from fastres.config import TrainConfig
 from fastres.data import choose_loader
-from fastres.data.datasets import DATASETS, Dataset
+from fastres.data.datasets import DATASETS
+from fastres.data.splits import Dataset
 from fastres.errors import UserError
 from fastres.ops.batch_norm_relu import extension_error
 from fastres.training.distributed import local_device, world_size

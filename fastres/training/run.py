@@ -14,8 +14,8 @@ import torch
 
 from fastres.config import TrainConfig
 from fastres.data import Loader, create_loader
-from fastres.data.datasets import Dataset, Split
 from fastres.data.plan import EpochPlan, evaluation_plan, training_plan
+from fastres.data.splits import Dataset, Split
 from fastres.errors import Interrupted, RunError, UserError
 from fastres.fields import as_json
 from fastres.files import claimed, new_folder, write_atomically, write_json
@@ -25,11 +25,12 @@ from fastres.training import distributed
 from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights
 from fastres.training.clock import Clock
 from fastres.training.cost import energy, flop_an_image, measure_rates
+from fastres.training.epoch import Epoch, Evaluation
 from fastres.training.event_log import EventLog
 from fastres.training.hardware import steps_per_epoch
 from fastres.training.history import Row, best_row, target_row
 from fastres.training.summary import summarize
-from fastres.training.trainer import Epoch, Evaluation, Trainer
+from fastres.training.trainer import Trainer
 
 WRITES = (
     "config.json", "history.csv", "history.pkl", "summary.json", "curves.png", "best.safetensors", "last.safetensors",

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fastres.config import DATASET_DEFAULTS, ENGINE, TrainConfig, check_effect, over_recipe
-from fastres.data.datasets import Dataset, load_dataset
+from fastres.data.datasets import load_dataset
+from fastres.data.splits import Dataset
 from fastres.errors import UserError, named
 from fastres.fields import as_flag, read_table
 from fastres.files import read_json

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import fastres
-from fastres.data.datasets import CIFAR10_MEAN, CIFAR10_STD
 from fastres.data.eager import EagerLoader
 from fastres.data.plan import training_plan
+from fastres.data.splits import CIFAR10_MEAN, CIFAR10_STD
 from fastres.errors import UserError
 
 MEAN, STD = (torch.tensor(value)[:, None, None] for value in (CIFAR10_MEAN, CIFAR10_STD))
@@ -36,6 +36,8 @@ def test_the_plans_batches_pass(arrays):
         (lambda x: x.permute(0, 2, 3, 1), "image 0: shape or dtype: .* not torch.float32 .16, 32, 32, 3"),
         (lambda x: x.to(torch.uint8), "image 0: shape or dtype: .* not torch.uint8"),
         (lambda x: x * torch.nan, "image 0: differs by up to nan"),
+        (lambda x: 0.9 * x + 0.1, "image 0: normalisation: another mean or std"),
+        (lambda x: x.square(), "image 0: differs by up to"),
     ],
 )
 def test_a_change_of_values_or_layout_is_named(change, message, arrays):
@@ -69,7 +71,21 @@ def test_a_change_of_the_plan_is_named_at_its_first_image(column, change, messag
 def test_missing_and_extra_images_and_wrong_labels(arrays):
     mine = batches(arrays.train, PLAN)
     wrong = [(images, labels + 1) for images, labels in mine]
-    for loader, message in ((mine[:-1], "image 48: missing"), (mine + mine[:1], "image 60: extra"),
-                            (wrong, "image 0: label")):  # fmt: skip
+    floats = [(images, labels.float()) for images, labels in mine]
+    for loader, message in (
+        (mine[:-1], "image 48: missing"),
+        (mine + mine[:1], "image 60: extra"),
+        (wrong, "image 0: label"),
+        (floats, "image 0: labels must be integers"),
+        ([None], "image 0: batches must be pairs"),
+        ([images for images, _ in mine], "image 0: batches must be pairs"),
+    ):
         with pytest.raises(UserError, match=message):
             fastres.check_loader(loader, arrays.train, PLAN)
+
+
+def test_numpy_batches_and_a_plan_of_other_data(arrays):
+    mine = [(images.numpy(), labels.numpy()) for images, labels in batches(arrays.train, PLAN)]
+    fastres.check_loader(mine, arrays.train, PLAN)
+    with pytest.raises(UserError, match="plan: it names image 59, and the data has 20"):
+        fastres.check_loader(mine, arrays.test, PLAN)

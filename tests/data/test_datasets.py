@@ -14,7 +14,8 @@ from PIL import Image
 from rich.console import Console
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from fastres.data.datasets import CIFAR100_MEAN, CIFAR100_STD, MINI_CIFAR10_CLASSES, digits, folder, load_dataset
+from fastres.data.datasets import CIFAR100_MEAN, CIFAR100_STD, MINI_CIFAR10_CLASSES, digits, load_dataset
+from fastres.data.image_folder import folder
 from fastres.errors import UserError
 from tests.conftest import write_folder
 
@@ -236,7 +237,7 @@ def test_the_check_of_images_shows_its_progress_on_a_terminal_only(terminal, ima
 READ_BY_NOBODY = """
 import os
 from pathlib import Path
-from fastres.data.datasets import folder
+from fastres.data.image_folder import folder
 from fastres.errors import UserError
 
 images = Path("above/images")

@@ -13,8 +13,9 @@ from torchvision.transforms import functional as F
 
 from fastres.data import choose_loader, create_loader
 from fastres.data.dali import DECODE_BATCH_LARGE, decode
-from fastres.data.datasets import CIFAR10_MEAN, CIFAR10_STD, Dataset, Split, decode_image, folder
+from fastres.data.image_folder import decode_image, folder
 from fastres.data.plan import STEPS, EpochPlan, evaluation_plan, training_plan
+from fastres.data.splits import CIFAR10_MEAN, CIFAR10_STD, Dataset, Split
 from fastres.errors import UserError
 from tests.conftest import write_folder
 

@@ -21,9 +21,9 @@ from fastres.models import MODELS
 from fastres.nn import BatchNormReLU2d, SyncBatchNormReLU2d
 from fastres.training import distributed
 from fastres.training.checkpoint import read_checkpoint
+from fastres.training.epoch import Epoch
 from fastres.training.hardware import resolve
 from fastres.training.run import Run
-from fastres.training.trainer import Epoch
 from tests.conftest import CommandLine
 from tests.training.conftest import assert_same_run
 

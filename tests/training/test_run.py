@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastres.data.datasets import Split
-from fastres.data.datasets import folder as image_files
+from fastres.data.image_folder import folder as image_files
 from fastres.data.plan import training_plan
+from fastres.data.splits import Split
 from fastres.errors import Interrupted, RunError
 from fastres.models import MODELS, create_model
 from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d

@@ -12,9 +12,10 @@ from fastres.errors import RunError
 from fastres.models import create_model
 from fastres.profiling.measure import PlainTrainer
 from fastres.training import trainer as trainer_module
+from fastres.training.epoch import Epoch
 from fastres.training.optimizer import state_tensors
 from fastres.training.schedule import lr_factor
-from fastres.training.trainer import Epoch, Trainer, explain_out_of_memory
+from fastres.training.trainer import Trainer, explain_out_of_memory
 
 SETTINGS = {"device": "cpu", "amp": "off", "compile": False, "schedule": "constant", "warmup_epochs": 0.0, "lr": 0.05}
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
