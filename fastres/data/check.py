@@ -97,7 +97,7 @@ def _difference(image: torch.Tensor, planned: _PlannedImages, i: int, tolerance:
     for j in range(len(planned)):
         if _close(image, planned[j][0], tolerance):
             return f"order: it is the plan's image {j}"
-    if _is_linear(image, expected, tolerance):
+    if image.isfinite().all() and _is_linear(image, expected, tolerance):
         return "normalisation: another mean or std"
     largest = float((image - expected).abs().max())
     return f"differs by up to {largest:.3g}; of no single known kind (several at once?)"
