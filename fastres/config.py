@@ -16,7 +16,9 @@ from fastres.training.schedule import SCHEDULES
 # settings that change speed, and results only by rounding
 ENGINE = ("channels_last", "amp", "loader", "fused", "compile", "compile_mode", "cuda_graphs")
 WEIGHTS = ("last", "best")  # epochs whose weights a run keeps
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_MODES = (
+    "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "max-autotune-no-coordinate-descent",
+)  # fmt: skip
 INT32_MAX = 2**31 - 1
 
 
@@ -170,7 +172,8 @@ class TrainConfig:
     )
     compile_mode: str = flag(
         "Engine",
-        "of torch.compile; reduce-overhead and max-autotune capture CUDA graphs of their own, of the model alone",
+        "of torch.compile; max-autotune-no-coordinate-descent: max-autotune without its last refinement, which compiles "
+        "one kernel after the other; these two and reduce-overhead capture CUDA graphs of their own, of the model",
         "default",
         COMPILE_MODES,
     )

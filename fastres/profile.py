@@ -70,8 +70,8 @@ class ProfileConfig:
 
     batch_size: int | None = flag("Engine", "training images a step; auto: 128 on CUDA, 32 on a CPU", None)
     device: str = TRAINING["device"]
-    compile_variant: bool | None = flag(
-        "Engine", "measure torch.compile, too; auto: on CUDA, because compiling takes a CPU minutes", None
+    compile: bool | None = flag(
+        "Engine", "also measure the rows with torch.compile; auto: on CUDA, because compiling takes a CPU minutes", None
     )
 
     seconds: float = flag(
@@ -126,7 +126,8 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
 def prepare(config: ProfileConfig) -> tuple[TrainConfig, Dataset, str]:
     """The settings that fastres.train would choose, the dataset, and the line that says why."""
     given = {name: value for name, value in vars(config).items() if name in TRAINING and value is not None}
-    requested = TrainConfig(**given | {"dataset": "auto"})  # checks the values before a dataset is read
+    # checks the values before a dataset is read; compile only chooses rows
+    requested = TrainConfig(**given | {"dataset": "auto", "compile": None})
     if config.dataset == "synthetic":
         dataset = synthetic(config.images)
     else:
@@ -157,7 +158,8 @@ def measure(
     images = steps_of_epoch * defaults.batch_size
     limit = steps_of_epoch * limit_seconds(step_kernels(shapes, defaults.batch_size, dtype), machine)
 
-    candidates, left_out = build_candidates(config, defaults, dataset)
+    rows, left_out = plan_rows(config.compile, defaults)
+    candidates = [Candidate(name, settings, create_trainer(settings, dataset, plain)) for name, settings, plain in rows]
     for line in left_out:
         console.print(f"left out: {line}")
     step_seconds = []
@@ -212,44 +214,40 @@ def measure(
     return result, candidates[-1]
 
 
-def build_candidates(
-    config: ProfileConfig, defaults: TrainConfig, dataset: Dataset
-) -> tuple[list[Candidate], list[str]]:
-    """The rows of the table, and a line with the reason for each step that is left out.
+def plan_rows(compile: bool | None, defaults: TrainConfig) -> tuple[list[tuple[str, TrainConfig, bool]], list[str]]:
+    """Name, settings, and whether in a plain loop, of each row; and a line with the reason for each that is left out.
 
     The rows are eager PyTorch in a plain loop; the same with one thing more at a time; and in fastres' own loop torch's
-    modules compiled, on CUDA the fused operator compiled, and fastres.
+    modules compiled, on CUDA fastres compiled, and fastres. On CUDA the former are compiled by max-autotune without
+    coordinate descent, in CUDA graphs of the compiler's own, and the latter by max-autotune inside fastres' graph.
     """
-    compile_too = config.compile_variant
-    if compile_too is None:
-        compile_too = defaults.device == "cuda"
+    on_cuda = defaults.device == "cuda"
+    compile_too = on_cuda if compile is None else compile
     current = replace(defaults, **EAGER)
-    planned, left_out = [("eager", current, True)], []
+    rows, left_out = [("eager", current, True)], []
     change: dict[str, Any]
     for name, change, reason in (
         ("channels-last", {"channels_last": True}, ""),
         ("AMP", {"amp": defaults.amp}, "this CPU has no bf16"),
         ("DALI loader", {"loader": defaults.loader}, "DALI does not import"),
         ("fused operator", {"fused": defaults.fused}, "its kernels are missing"),
-        ("compile", {"compile": compile_too}, "takes minutes on a CPU; --compile-variant measures it"),
+        ("compile", {"compile": compile_too}, "takes minutes on a CPU; --compile measures it"),
     ):
         changed = replace(current, **change)
         if changed == current:
             left_out.append(f"+ {name} ({reason})")
         else:
             current = changed
-            planned.append((f"+ {name}", current, True))
-    if compile_too:
-        mode = "max-autotune" if defaults.device == "cuda" else "default"
-        rival = replace(defaults, fused=False, compile=True, compile_mode=mode, cuda_graphs=False)
-        planned.append(("compile, not fused", rival, False))
-        if defaults.cuda_graphs:
-            planned.append(("fastres, compiled", replace(defaults, compile=True), False))
-    planned.append(("fastres", defaults, False))
-    candidates = [
-        Candidate(name, settings, create_trainer(settings, dataset, plain)) for name, settings, plain in planned
-    ]
-    return candidates, left_out
+            rows.append((f"+ {name}", current, True))
+    compiled = replace(defaults, compile=True)
+    if compile_too and on_cuda:
+        rival = replace(compiled, fused=False, compile_mode="max-autotune-no-coordinate-descent", cuda_graphs=False)
+        strongest = replace(compiled, compile_mode="max-autotune-no-cudagraphs")
+        rows += [("max-autotune, no descent", rival, False), ("fastres, max-autotune", strongest, False)]
+    elif compile_too:
+        rows.append(("compile, not fused", replace(compiled, fused=False), False))
+    rows.append(("fastres", defaults, False))
+    return rows, left_out
 
 
 def row(candidate: Candidate, images: int, limit: float, eager: Candidate) -> dict[str, Any]:

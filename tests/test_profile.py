@@ -17,7 +17,7 @@ from fastres.config import TrainConfig
 from fastres.models import create_model
 from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
 from fastres.profiling import roofline
-from fastres.profiling.measure import Candidate, PlainTrainer
+from fastres.profiling.measure import Candidate, PlainTrainer, create_trainer
 from fastres.profiling.roofline import Machine, limit_seconds, step_kernels
 from fastres.report.profile import advice, plot_profile, profile_table
 from fastres.training.trainer import Trainer
@@ -213,29 +213,44 @@ def test_a_folder_that_holds_another_profile_is_left_as_it_is(files, message, co
 
 
 def test_the_rival_is_the_compiled_model_without_the_operator():
-    config = profile.ProfileConfig(model="vgg11", images=20, batch_size=4, device="cpu", compile_variant=True)
-    defaults, dataset, _ = profile.prepare(config)
-    candidates, left_out = profile.build_candidates(config, defaults, dataset)
-    assert [candidate.name for candidate in candidates][-3:] == ["+ compile", "compile, not fused", "fastres"]
-    rival, fastres = candidates[-2:]
-    assert rival.config == replace(defaults, fused=False, compile=True)
-    assert fastres.config == defaults
-    assert type(candidates[0].trainer) is PlainTrainer
-    assert type(rival.trainer) is type(fastres.trainer) is Trainer
-    for candidate in candidates:
-        norms = {type(module) for module in candidate.trainer.model.modules() if isinstance(module, nn.BatchNorm2d)}
-        assert norms == {BatchNormReLU2d if candidate.config.fused else EagerBatchNormReLU2d}
+    defaults, dataset, _ = profile.prepare(profile.ProfileConfig(model="vgg11", images=20, batch_size=4, device="cpu"))
+    rows, left_out = profile.plan_rows(True, defaults)
+    assert [name for name, *_ in rows][-3:] == ["+ compile", "compile, not fused", "fastres"]
+    assert rows[-2:] == [
+        ("compile, not fused", replace(defaults, fused=False, compile=True), False), ("fastres", defaults, False),
+    ]  # fmt: skip
+    assert [plain for *_, plain in rows] == [True] * (len(rows) - 2) + [False, False]
     assert not any("compile" in line for line in left_out)
+    for _, settings, plain in (rows[0], *rows[-2:]):
+        trainer = create_trainer(settings, dataset, plain)
+        assert type(trainer) is (PlainTrainer if plain else Trainer)
+        norms = {type(module) for module in trainer.model.modules() if isinstance(module, nn.BatchNorm2d)}
+        assert norms == {BatchNormReLU2d if settings.fused else EagerBatchNormReLU2d}
+
+
+def test_on_a_gpu_the_rival_and_fastres_are_compiled_as_fast_as_can_be():
+    defaults = TrainConfig(device="cuda", amp="bf16", loader="dali", fused=True, compile=False, cuda_graphs=True)
+    rows, left_out = profile.plan_rows(None, defaults)
+    assert left_out == []
+    *_, compiled, rival, strongest, fastres = rows
+    assert compiled[:2] == ("+ compile", replace(defaults, compile=True, cuda_graphs=False))
+    assert (rival[0], strongest[0], fastres) == (
+        "max-autotune, no descent", "fastres, max-autotune", ("fastres", defaults, False),
+    )  # fmt: skip
+    changes = {"compile": True, "compile_mode": "max-autotune-no-coordinate-descent", "cuda_graphs": False}
+    assert rival[1] == replace(defaults, fused=False, **changes)
+    assert strongest[1] == replace(defaults, compile=True, compile_mode="max-autotune-no-cudagraphs")
+    assert [name for name, *_ in profile.plan_rows(False, defaults)[0]][-2:] == ["+ fused operator", "fastres"]
 
 
 def test_without_its_kernels_the_operator_is_left_out(monkeypatch):
     monkeypatch.setattr("fastres.training.hardware.extension_error", "the C++ extension is not built")
     config = profile.ProfileConfig(model="vgg11", images=20, batch_size=4, device="cpu")
-    defaults, dataset, why = profile.prepare(config)
+    defaults, _, why = profile.prepare(config)
     assert "fused off (the C++ extension is not built)" in why
-    candidates, left_out = profile.build_candidates(config, defaults, dataset)
+    rows, left_out = profile.plan_rows(config.compile, defaults)
     assert "+ fused operator (its kernels are missing)" in left_out
-    assert not any(candidate.config.fused for candidate in candidates)
+    assert not any(settings.fused for _, settings, _ in rows)
 
 
 def measured(name, seconds, wait=0.0, **engine):
@@ -279,10 +294,10 @@ def measured(name, seconds, wait=0.0, **engine):
         (
             [
                 measured("eager", 3.0),
-                measured("compile, not fused", 1.0, fused=False, compile=True, compile_mode="max-autotune"),
+                measured("max-autotune, no descent", 1.0, fused=False, compile=True, compile_mode="max-autotune"),
                 measured("fastres", 2.0),
             ],
-            "compile, not fused is 2.00x as fast .* train with --no-fused --compile --compile-mode max-autotune$",
+            "max-autotune, no descent is 2.00x as fast .* train with --no-fused --compile --compile-mode max-autotune$",
         ),
         ([measured("+ AMP", 1.98, fused=False), measured("fastres", 2.0)], "keep the defaults"),
         ([measured("+ fused operator", 1.5), measured("fastres", 2.0)], "keep the defaults: .* no other setting is"),

@@ -16,7 +16,8 @@ from fastres.training.distributed import local_device, world_size
 from fastres.training.memory import keep_freed_memory
 from fastres.training.schedule import SCHEDULES
 
-GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile: they capture CUDA graphs
+# of torch.compile: they capture CUDA graphs
+GRAPH_MODES = ("reduce-overhead", "max-autotune", "max-autotune-no-coordinate-descent")
 COMPILE_STEPS = 2000  # a run shorter than this may not win back the minute that compiling takes
 
 

@@ -20,6 +20,10 @@ from fastres.training.optimizer import create_optimizer, set_lr, state_tensors
 from fastres.training.schedule import lr_factor
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+# of a compile mode that torch has no name for
+COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
+    "max-autotune-no-coordinate-descent": {"max_autotune": True, "triton.cudagraphs": True}
+}
 Mark = Any  # CPU: seconds; GPU: a recorded CUDA event
 TOP5_CLASSES = 100  # from so many on, an evaluation has a top-5 accuracy
 FIRST_STEPS = 10  # whose losses are kept
@@ -50,7 +54,10 @@ def seconds_between(start: Mark, end: Mark) -> float:
 
 def compiled(model: nn.Module, config: TrainConfig) -> Callable[..., torch.Tensor]:
     """``model``, through torch.compile if ``config.compile``."""
-    return torch.compile(model, dynamic=False, mode=config.compile_mode) if config.compile else model
+    if not config.compile:
+        return model
+    options = COMPILE_OPTIONS.get(config.compile_mode)
+    return torch.compile(model, dynamic=False, mode=None if options else config.compile_mode, options=options)
 
 
 class Trainer:

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from fastres.config import COMPILE_MODES, TrainConfig
 from fastres.errors import UserError
 from fastres.training import hardware
+from fastres.training.trainer import compiled
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -31,6 +33,13 @@ def test_what_was_asked_for_is_taken_where_it_can_be_had():
     assert not hardware.choose_cuda_graphs(True, CUDA, "max-autotune")[0]
     assert hardware.choose_fused(True, CPU, False) == (True, "asked for")
     assert hardware.choose_fused(False, CPU, False) == (False, "asked for")
+
+
+@pytest.mark.parametrize("mode", COMPILE_MODES)
+def test_a_step_is_captured_unless_the_compiler_captures(mode):
+    model = compiled(torch.nn.Identity(), TrainConfig(compile=True, compile_mode=mode))
+    captures = (model.get_compiler_config() or {}).get("triton.cudagraphs", False)
+    assert hardware.choose_cuda_graphs(None, CUDA, mode)[0] == (not captures)
 
 
 def test_the_operator_is_chosen_where_its_kernels_can_run(monkeypatch):

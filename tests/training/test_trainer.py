@@ -164,11 +164,13 @@ def test_a_compiled_model_trains_alike():
     assert compiled.evaluate(batches, 0).loss == pytest.approx(plain.evaluate(batches, 0).loss, rel=1e-4)
 
 
-def test_the_compilers_mode_is_the_one_asked_for(monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options["mode"]) or model)
-    make_trainer(random_batches([8]), compile=True, compile_mode="max-autotune")
-    assert asked == ["max-autotune"]
+def test_without_coordinate_descent_the_compiler_is_that_of_max_autotune():
+    theirs, ours = (
+        make_trainer(random_batches([8]), compile=True, compile_mode=mode).forward.get_compiler_config()
+        for mode in ("max-autotune", "max-autotune-no-coordinate-descent")
+    )
+    assert theirs["max_autotune"]
+    assert theirs == ours | {"coordinate_descent_tuning": True} != ours
 
 
 @pytest.mark.parametrize("device", DEVICES)
