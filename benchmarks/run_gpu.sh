@@ -1,105 +1,169 @@
 #!/usr/bin/env bash
-# Everything that is worth knowing about fastres on a GPU, the most important first, in under 9 minutes.
+# What is worth knowing about fastres on a GPU that is there for minutes, the most important first.
 #
-#   benchmarks/run_gpu.sh [FOLDER]
+#   benchmarks/run_gpu.sh OUT [STAGE...]
 #
-# Each result is in FOLDER (benchmarks/results/MACHINE-DATE) as soon as it is there; a step that fails or takes too
-# long is noted in steps.txt, and the next begins. What no time is left for is noted, too: called again with the same
-# FOLDER, the script does what has not come to its end yet, and what has been deleted from steps.txt. PYTHON names the
-# interpreter that fastres is installed for, BUDGET the seconds for all of it, DATA a folder with CIFAR-10 as
-# train/<class>/ and test/<class>/ (digits otherwise) and LABEL what the tables call it. QUICK=1 takes tiny sizes, to
-# try the script itself, also where there is no GPU.
+# The stages, which are all taken unless some are named:
+#
+#   correctness   the operator's kernels are compiled, in parallel, and the tests that need a GPU run
+#   kernels       kernel tables of ResNet-50 at batch 128 and 512
+#   rival         the same of torch.compile with max-autotune and CUDA graphs, and of fastres compiled like it
+#   train         ResNet-18 to its target accuracy
+#   profile       the profile of ResNet-50, without what torch.compile takes minutes for
+#   loaders       images a second of both loaders; left out without DALI
+#   rest          the compiled rows of the profile, tests of compiling, operator, steps, other models, tilings, the study
+#
+# After every step OUT/results.tar.gz holds all results so far but the weights, those of an earlier call included. In it
+# steps.txt has a line for each step with exit code and seconds; a step that fails or takes too long does not keep the
+# next from being run, and what no time is left for is noted. `tar -xzf` into benchmarks/results/MACHINE-DATE keeps them.
+#
+#   PYTHON           interpreter with torch (python3); fastres itself need not be installed
+#   FASTRES_COMMIT   commit for the tables, where there is no git repository
+#   DATA, LABEL      folder with CIFAR-10 as train/<class>/ and test/<class>/ (digits otherwise), and its name in tables
+#   TARGET           accuracy in percent at which ResNet-18 has learned enough
+#   BUDGET           seconds for this call
+#   RESULTS          folder of the results, which later calls add to
+#   QUICK=1          tiny sizes, to try the script itself, also where there is no GPU
 set -uo pipefail
-cd "$(dirname "$0")/.."
 
-PYTHON=${PYTHON:-python}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # also where the extension was only built in place
-BUDGET=${BUDGET:-520}
-LABEL=${LABEL:-$([[ ${DATA:-} ]] && echo "CIFAR-10 (JPEG q75)" || echo digits)}
-if nvidia-smi -L >/dev/null 2>&1; then
-    machine=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -cs 'A-Za-z0-9\n' -)
-else
-    machine=cpu
-fi
-out=${1:-benchmarks/results/$machine-$(date +%F)}
-mkdir -p "$out"
-touch "$out/steps.txt"
-
-# step NAME SECONDS COMMAND...: runs it for at most SECONDS, keeps what it prints, and says how it ended; no more if it
-# ended before, other than by its limit (124, 137)
-step() {
-    local name=$1 limit=$2 start=$SECONDS left=$((BUDGET - SECONDS)) code=0
-    shift 2
-    grep -Eq "^$name: exit code [0-9]{1,2} " "$out/steps.txt" && return
-    if ((left < limit / 2)); then # it would be cut, and nothing kept
-        echo "$name: left out, no time" | tee -a "$out/steps.txt"
-        return
+out=$(mkdir -p "${1:?usage: run_gpu.sh OUT [STAGE...]}" && cd "$1" && pwd)
+shift
+stages=(correctness kernels rival train profile loaders rest)
+(($#)) || set -- "${stages[@]}"
+for stage; do
+    if [[ " ${stages[*]} " != *" $stage "* ]]; then
+        echo "run_gpu.sh: no stage $stage; choose from ${stages[*]}" >&2
+        exit 2
     fi
-    ((limit > left)) && limit=$left
-    rm -rf "${out:?}/$name" # of a call that was cut
-    timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
-    echo "$name: exit code $code after $((SECONDS - start)) s" | tee -a "$out/steps.txt"
-}
-
-pytest() { # NAME SECONDS FILE...: a benchmark
-    local name=$1 limit=$2
-    shift 2
-    step "$name" "$limit" "$PYTHON" -m pytest "$@" --benchmark-only --benchmark-csv="$out/bench-$name.csv"
-}
+done
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+BUDGET=${BUDGET:-560}
+RESULTS=${RESULTS:-build/gpu}
+LABEL=${LABEL:-$([[ ${DATA:-} ]] && echo "CIFAR-10 (JPEG q75)" || echo digits)}
+cores=$(nproc)
+mkdir -p "$RESULTS"
 
 models=(resnet50 resnet18 vgg16 vgg19_bn_4096)
 batches=(128 512)
 sizes=(--seconds 20)
-training=(--dataset digits --epochs 8)
+training=(--dataset digits --epochs 8 --target-accuracy "${TARGET:-95}")
+shapes="64x32x32 or 256x32x32 or 512x16x16 or 2048x4x4"
 interpreter=()
-[[ ${DATA:-} ]] && training=(--dataset folder --data-dir "$DATA" --epochs 30 --augmentation crop-flip-cutout)
+[[ ${DATA:-} ]] && training=(--dataset folder --data-dir "$DATA" --epochs 30 --augmentation crop-flip-cutout
+    --workers "$((cores > 2 ? cores - 2 : 1))" --target-accuracy "${TARGET:-93}")
 if [[ ${QUICK:-} ]]; then
     models=(vgg11 vgg13)
     batches=(8)
     sizes=(--seconds 1 --images 64 --rounds 1)
     training=(--dataset digits --epochs 2 --batch-size 256)
+    shapes="2048x4x4 and forward and plain"
     export FASTRES_BENCHMARK_BATCH=2
-    [[ $machine == cpu ]] && interpreter=(env TRITON_INTERPRET=1)
+    nvidia-smi -L >/dev/null 2>&1 || interpreter=(env TRITON_INTERPRET=1)
 fi
+parallel=()
+imports() { "$PYTHON" -c "import $1" >/dev/null 2>&1; }
+imports xdist && parallel=(-n "$cores") # compiling hundreds of kernels takes most of the tests' time
 
-profile() { # NAME SECONDS MODEL BATCH FLAG...
-    local name=profile-$1 limit=$2 model=$3 batch=$4
-    shift 4
-    step "$name" "$limit" "$PYTHON" -m fastres.profile --model "$model" --batch-size "$batch" "${sizes[@]}" "$@" \
-        --output-dir "$out/$name"
-    [[ -f $out/$name/profile.json ]] && "$PYTHON" benchmarks/keep_run.py "$out/$name" "$out/$name.json"
+note() {
+    echo "$*" | tee -a "$RESULTS/steps.txt"
+    tar -czf "$out/part" --exclude='*.safetensors' --exclude='*.pt' -C "$RESULTS" . && mv "$out/part" "$out/results.tar.gz"
+}
+
+# step NAME SECONDS COMMAND...: runs it for at most SECONDS, and keeps what it prints in NAME.log
+step() {
+    local name=$1 limit=$2 start=$SECONDS left=$((BUDGET - SECONDS)) code=0
+    shift 2
+    if ((left < limit / 2)); then # it would be cut
+        note "$name: left out, no time"
+        return
+    fi
+    rm -rf "${RESULTS:?}/$name" # of an earlier call
+    timeout --signal=INT --kill-after=10 "$((limit < left ? limit : left))" "$@" >"$RESULTS/$name.log" 2>&1 || code=$?
+    keep "$name"
+    note "$name: exit code $code after $((SECONDS - start)) s"
+}
+
+keep() { # NAME: the run or profile that NAME has written to its folder, if any, as the file for the README's tables
+    local label=()
+    [[ -f $RESULTS/$1/summary.json ]] && label=("$LABEL")
+    if [[ -f $RESULTS/$1/summary.json || -f $RESULTS/$1/profile.json ]]; then
+        "$PYTHON" benchmarks/keep_run.py "$RESULTS/$1" "$RESULTS/$1.json" "${label[@]}"
+    fi
+}
+
+tests() { # NAME SECONDS EXPRESSION: the tests that need a GPU; a file that cannot be imported does not stop the others
+    step "$1" "$2" "$PYTHON" -m pytest -m gpu -k "$3" --continue-on-collection-errors "${parallel[@]}"
+}
+
+kernel_table() { # NAME SECONDS BATCH FLAG...
+    step "kernels-$1-$3" "$2" "$PYTHON" benchmarks/kernel_table.py --model "${models[0]}" --batch-size "$3" "${@:4}"
+}
+
+benchmark() { # NAME SECONDS FILE...
+    step "$1" "$2" "$PYTHON" -m pytest "${@:3}" --benchmark-only --benchmark-csv="$RESULTS/bench-$1.csv"
+}
+
+profile() { # MODEL SECONDS BATCH FLAG...
+    local name=profile-$1-$3
+    [[ " $* " == *" --compile "* ]] && name+=-compiled
+    step "$name" "$2" "$PYTHON" -m fastres.profile --model "$1" --batch-size "$3" "${sizes[@]}" "${@:4}" \
+        --output-dir "$RESULTS/$name"
 }
 
 train() { # MODEL
-    step "train-$1" 150 "$PYTHON" -m fastres.train --model "$1" "${training[@]}" --output-dir "$out/train-$1"
-    [[ -f $out/train-$1/summary.json ]] && "$PYTHON" benchmarks/keep_run.py "$out/train-$1" "$out/train-$1.json" "$LABEL"
+    step "train-$1" 150 "$PYTHON" -m fastres.train --model "$1" "${training[@]}" --output-dir "$RESULTS/train-$1"
 }
 
-parallel=()
-"$PYTHON" -c "import xdist" 2>/dev/null && parallel=(-n 8) # compiling hundreds of kernels takes most of the time
-step gpu-tests 150 "$PYTHON" -m pytest -m gpu "${parallel[@]}"
-profile "${models[0]}-${batches[0]}" 100 "${models[0]}" "${batches[0]}" --no-compile-variant
-pytest operator 240 benchmarks/test_batch_norm_relu.py
-for model in "${models[@]:1}"; do
-    profile "$model-${batches[0]}" 80 "$model" "${batches[0]}" --no-compile-variant
-done
-train "${models[1]}"
-pytest loaders 60 benchmarks/test_loaders.py
-pytest steps 120 benchmarks/test_training.py -k "step or epoch"
-# compiling takes most of the time, and max-autotune, the rival's, most of that
-profile "${models[0]}-${batches[0]}-compiled" 420 "${models[0]}" "${batches[0]}" --compile-variant
-pytest forward 150 benchmarks/test_training.py -k forward
-for batch in "${batches[@]:1}"; do
-    for model in "${models[@]}"; do
-        profile "$model-$batch" 80 "$model" "$batch" --no-compile-variant
+stage_correctness() {
+    step precompile 90 "$PYTHON" benchmarks/precompile.py "${batches[@]}"
+    tests gpu-tests 150 "not compile"
+}
+
+stage_kernels() {
+    for batch in "${batches[@]}"; do kernel_table fastres 60 "$batch"; done
+}
+
+stage_rival() {
+    kernel_table rival 240 "${batches[0]}" --no-fused --compile --compile-mode max-autotune-no-coordinate-descent
+    # the rival's choice of convolutions under our operator, in our graph of the whole step
+    kernel_table compiled 240 "${batches[0]}" --compile --compile-mode max-autotune-no-cudagraphs
+}
+
+stage_train() {
+    train "${models[1]}"
+}
+
+stage_profile() {
+    profile "${models[0]}" 150 "${batches[0]}" --no-compile
+}
+
+stage_loaders() {
+    if imports nvidia.dali; then
+        FASTRES_CIFAR10_JPEG=${DATA:-} benchmark loaders 60 benchmarks/test_loaders.py
+    else
+        note "loaders: left out, DALI does not import"
+    fi
+}
+
+stage_rest() {
+    profile "${models[0]}" 420 "${batches[0]}" --compile
+    tests gpu-tests-of-compiling 150 compile
+    benchmark operator 120 benchmarks/test_batch_norm_relu.py -k "$shapes"
+    benchmark steps 120 benchmarks/test_training.py -k "step or epoch"
+    for model in "${models[@]:1}"; do profile "$model" 80 "${batches[0]}" --no-compile; done
+    for batch in "${batches[@]:1}"; do
+        for model in "${models[@]}"; do profile "$model" 80 "$batch" --no-compile; done
     done
-done
-step tilings 200 "${interpreter[@]}" "$PYTHON" benchmarks/tune_batch_norm_relu.py "$out/tilings.jsonl"
-if [[ ${DATA:-} ]]; then
-    step study-architecture 150 "$PYTHON" -m fastres.study architecture --dataset folder --data-dir "$DATA" \
-        --output-dir "$out/study-architecture"
-fi
-for model in "${models[0]}" "${models[@]:2}"; do
-    train "$model"
-done
-echo "results: $out"
+    step tilings 200 "${interpreter[@]}" "$PYTHON" benchmarks/tune_batch_norm_relu.py "$RESULTS/tilings.jsonl"
+    benchmark forward 150 benchmarks/test_training.py -k forward
+    for model in "${models[0]}" "${models[@]:2}"; do train "$model"; done
+    if [[ ${DATA:-} ]]; then
+        step study-architecture 150 "$PYTHON" -m fastres.study architecture --dataset folder --data-dir "$DATA" \
+            --output-dir "$RESULTS/study-architecture"
+    fi
+}
+
+for stage; do "stage_$stage"; done
+echo "results: $out/results.tar.gz, $(du -k "$out/results.tar.gz" | cut -f1) KiB"

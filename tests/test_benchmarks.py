@@ -8,11 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from torch.autograd import DeviceType
 
 from fastres.config import DATASET_DEFAULTS, TrainConfig, over_recipe
 from fastres.data.datasets import synthetic
@@ -33,6 +36,7 @@ def script(name):
 
 sys.path.append(str(ROOT / "benchmarks"))  # as pytest does for what is there
 render, keep_run, timing = script("render"), script("keep_run"), script("timing")
+kernel_table, precompile = script("kernel_table"), script("precompile")
 RESULTS = ROOT / "benchmarks/results"
 
 VERSIONS = {"torch": "2.11.0"}
@@ -55,7 +59,7 @@ def profile(date, median):
             "images_per_epoch": 50_000,
             "batch_size": 128,
             "augmentation": "crop-flip",
-            "config": {"model": "vgg16", "seconds": 150.0, "data_dir": "data", "compile_variant": True, "trace": True},
+            "config": {"model": "vgg16", "seconds": 150.0, "data_dir": "data", "compile": True, "trace": True},
             "rounds": 5,
             "steps_per_round": 40,
             "steps_per_epoch": 390,
@@ -91,7 +95,7 @@ def test_the_newest_profile_is_shown():
     text = render.render(readme("profile"), [profile("2026-02-01 10:00", 4.0), profile("2026-01-01 10:00", 9.0)])
     assert "| eager | 4.00 | 3.00 to 5.00 | 12,500 | 1.00 | 31.2 % | 1,234 | 25 % |" in text
     assert "5 rounds of 40 of 390 steps; torch 2.11.0, commit 0123456-dirty, 2026-02-01 10:00" in text
-    assert "`python -m fastres.profile --model vgg16 --seconds 150 --compile-variant`" in text
+    assert "`python -m fastres.profile --model vgg16 --seconds 150 --compile`" in text
     assert "9.00" not in text
     assert "old" not in text
     assert text.startswith("above\n<!-- results:profile -->\n")
@@ -294,58 +298,137 @@ def test_a_damaged_table_of_benchmarks_is_an_error(content, tmp_path, capsys):
 
 @pytest.fixture
 def run_gpu(tmp_path):
-    """Runs the script with a Python that fails where a model is named; gives its folder and what steps.txt says."""
+    """Runs the script with a Python that fails where a model is named; gives its output and the results' names."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *vgg11*) exit 3;; esac\n')
+    python.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *vgg11*) exit 3;; *dali) exit ${NO_DALI:-0};; esac\n')
     python.chmod(0o755)
 
-    def run(**environment):
-        out = tmp_path / "out"
-        subprocess.run(
-            ["bash", ROOT / "benchmarks/run_gpu.sh", out],
-            env=os.environ | {"PYTHON": str(python), "QUICK": "1"} | environment,
-            check=True,
+    def run(*stages, **environment):
+        settings = {"PYTHON": str(python), "QUICK": "1", "RESULTS": str(tmp_path / "results"), **environment}
+        done = subprocess.run(
+            ["bash", ROOT / "benchmarks/run_gpu.sh", tmp_path / "out", *stages],
+            env=os.environ | settings,
+            capture_output=True,
+            text=True,
         )
-        return out, [line.split(" after")[0] for line in (out / "steps.txt").read_text().splitlines()]
+        return done, re.sub(r" after \d+ s", "", done.stdout).splitlines()[:-1]
 
     return run
 
 
-def test_the_gpu_script_keeps_results_and_goes_on(run_gpu):
-    out, steps = run_gpu()
+def packed(folder):
+    """The names in the one file that comes back, and what its steps.txt says."""
+    (path,) = (folder / "out").iterdir()
+    with tarfile.open(path) as tar:
+        return set(tar.getnames()), tar.extractfile("./steps.txt").read().decode().splitlines()
+
+
+def test_the_gpu_script_goes_on_after_a_failure_and_packs_all_results(run_gpu, tmp_path):
+    done, steps = run_gpu(DATA="cifar10")
     assert steps == [
+        "precompile: exit code 0",
         "gpu-tests: exit code 0",
-        "profile-vgg11-8: exit code 3",
-        "operator: exit code 0",
-        "profile-vgg13-8: exit code 0",
+        "kernels-fastres-8: exit code 3",
+        "kernels-rival-8: exit code 3",
+        "kernels-compiled-8: exit code 3",
         "train-vgg13: exit code 0",
+        "profile-vgg11-8: exit code 3",
         "loaders: exit code 0",
-        "steps: exit code 0",
         "profile-vgg11-8-compiled: exit code 3",
-        "forward: exit code 0",
+        "gpu-tests-of-compiling: exit code 0",
+        "operator: exit code 0",
+        "steps: exit code 0",
+        "profile-vgg13-8: exit code 0",
         "tilings: exit code 0",
+        "forward: exit code 0",
         "train-vgg11: exit code 3",
+        "study-architecture: exit code 0",
     ]
-    assert "-m fastres.train --model vgg11" in (out / "train-vgg11.log").read_text()
+    names, lines = packed(tmp_path)
+    assert {f"./{step.split(':')[0]}.log" for step in steps} < names
+    assert "\n".join(lines) in done.stdout
+    assert "-m fastres.train --model vgg11" in (tmp_path / "results/train-vgg11.log").read_text()
 
 
-def test_the_gpu_script_ends_in_time_and_can_be_called_again(run_gpu):
-    _, steps = run_gpu(BUDGET="1")
-    assert len(steps) == 11
-    assert all(line.endswith(": left out, no time") for line in steps)
-    _, steps = run_gpu()
-    assert steps[11:14] == ["gpu-tests: exit code 0", "profile-vgg11-8: exit code 3", "operator: exit code 0"]
-    _, again = run_gpu(DATA="cifar10")
-    assert again[22:] == ["study-architecture: exit code 0"]  # what failed would fail again
+def test_the_gpu_script_is_called_in_stages(run_gpu, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/last.pt").touch()  # larger than what comes back from a machine that is lent
+    assert run_gpu("train")[1] == ["train-vgg13: exit code 0"]
+    assert run_gpu("loaders", "kernels", NO_DALI="1")[1] == [
+        "loaders: left out, DALI does not import", "kernels-fastres-8: exit code 3",
+    ]  # fmt: skip
+    names, lines = packed(tmp_path)
+    assert len(lines) == 3
+    assert names == {".", "./steps.txt", "./train-vgg13.log", "./kernels-fastres-8.log"}
+    assert run_gpu("train", BUDGET="1")[1] == ["train-vgg13: left out, no time"]
 
 
-def test_the_gpu_script_repeats_what_ran_into_its_limit_and_what_was_deleted(run_gpu):
-    out, _ = run_gpu()
-    lines = (out / "steps.txt").read_text().splitlines()
-    lines[0] = "gpu-tests: exit code 124 after 150 s"
-    (out / "steps.txt").write_text("\n".join(line for line in lines if not line.startswith("operator")) + "\n")
-    _, steps = run_gpu()
-    assert steps[10:] == ["gpu-tests: exit code 0", "operator: exit code 0"]
+def test_the_gpu_script_names_a_stage_that_it_does_not_have(run_gpu, tmp_path):
+    done, _ = run_gpu("train", "kernel")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("run_gpu.sh: no stage kernel; choose from correctness kernels rival ")
+    assert not (tmp_path / "results").exists()
+
+
+def event(name, start, end, annotation=False):
+    span = SimpleNamespace(start=start, end=end)
+    return SimpleNamespace(name=name, time_range=span, device_type=DeviceType.CUDA, is_user_annotation=annotation)
+
+
+def test_time_on_a_gpu_is_counted_by_kind_of_kernel():
+    events = [
+        event("split_moments", 0, 4),
+        event("sm90_xmma_wgrad_implicit_gemm_bf16", 10, 16),
+        event("void at::native::bfloat16_copy_kernel_cuda", 15, 18),  # beside the one before
+        event("split_moments", 20, 24),
+        event("Optimizer.step", 0, 24, annotation=True),
+        SimpleNamespace(device_type=DeviceType.CPU),
+    ]
+    frame = kernel_table.kernels(events, "cuda")
+    assert kernel_table.idle(frame) == (10 - 4) + (20 - 18)
+    table = kernel_table.table(frame, "kind", 2)
+    assert table["us/step"].to_dict() == {
+        "fused operator": 4, "convolution, weight gradient": 3, "copies and casts": 1.5,
+    }  # fmt: skip
+    assert table["calls"].to_list() == [1, 0.5, 0.5]
+    assert table["%"].sum() == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("triton_red_fused_native_batch_norm_backward_7", "fused by Inductor"),
+        ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float>", "batch norm"),
+        ("sm90_xmma_dgrad_implicit_gemm_bf16bf16_bf16f32", "convolution, input gradient"),
+        ("nvjet_hsh_128x192_64x5", "convolutions and products"),
+        ("multi_tensor_apply_kernel<TensorListMetadata<2>, CopyFunctor<float>>", "copies and casts"),
+        ("multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<3>, FusedSgdMathFunctor>", "optimizer"),
+        ("void cunn_SoftMaxForward<8, float>", "loss and accuracy"),
+        ("vectorized_elementwise_kernel<4, CUDAFunctor_add<float>>", "element-wise and sums"),
+        ("something", "other"),
+    ],
+)
+def test_kinds_of_kernels(name, kind):
+    assert kernel_table.kind(name) == kind
+
+
+def test_a_step_on_a_cpu_is_timed_and_broken_down(tiny_vgg11, capsys):
+    assert kernel_table.main(["--model", "vgg11", "--batch-size", "4", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    step, profiled = (float(re.search(rf"^# {name}step: (\S+) ms", printed, re.M)[1]) for name in ("", "profiled "))
+    assert min(step, profiled) > 0
+    shares = re.findall(r"^[a-z ,-]+? +[\d,.]+ +([\d.]+) ", printed.split("by kernel")[0].split("by kind")[1], re.M)
+    assert sum(map(float, shares)) == pytest.approx(100, abs=0.5)
+
+
+def test_the_kernels_compiled_ahead_are_those_of_the_models_norms():
+    calls = precompile.calls_of("resnet18", 4)
+    assert {tuple(shape) for shape, *_ in calls} == {
+        (4, 64, 32, 32), (4, 128, 16, 16), (4, 256, 8, 8), (4, 512, 4, 4),
+    }  # fmt: skip
+    assert {(residual, relu) for _, residual, relu in calls} == {(False, True), (True, True), (False, False)}
+    for call in calls:
+        precompile.run(call)
 
 
 @pytest.mark.parametrize("between", [" ", "="])
