@@ -27,16 +27,12 @@ def libraries_as_in_training() -> None:
 
 @pytest.fixture
 def report(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Takes what a benchmark measured, as `rows_of` does. pytest-benchmark shows the rounds of the first candidate."""
+    """Takes what a benchmark measured, as `rows_of` does."""
+    benchmark._mode = "interleaved"  # or pytest-benchmark warns that it has measured nothing itself
 
     def take(name: str, case: str, images: int | None, device: str, seconds: Mapping[str, np.ndarray]) -> None:
         rows = rows_of(name, case, images, device_name(torch.device(device)), seconds)
         request.config.stash.setdefault(ROWS, []).extend(rows)
-        benchmark._mode = "interleaved"  # it would measure again by itself, and one candidate after the other
-        if benchmark.enabled:
-            stats = benchmark._make_stats(iterations=1)
-            for value in next(iter(seconds.values())):
-                stats.update(value)
 
     return take
 

@@ -38,7 +38,7 @@ PROFILED_STEPS = 5
 KERNELS = 40  # rows of the second table
 KINDS = {  # by a kernel's name: the first that fits
     "fused operator": r"^(split_|merge_|normalize|input_gradient|\w+_once)|fastres::|BatchNormReLU",
-    "fused by Inductor": r"^triton_(red|per|poi)_",
+    "fused by Inductor": r"^triton_(red|per|poi)_|CompiledFxGraph",
     "copies and casts": r"[Cc]opy|[Cc]ast|Mem(cpy|set)|nchwToNhwc|nhwcToNchw|fill|aten::(to|empty|zero)",
     "optimizer": r"multi_tensor|_foreach|_fused_|[Ss][Gg][Dd]|[Aa]dam",
     "batch norm": r"batch_norm|batchnorm|bn_(fw|bw)",
@@ -103,7 +103,9 @@ def main(arguments: list[str]) -> int:
         candidate.warm_up(dataset)
         warm_up, memory = candidate.warm_up_seconds, candidate.peak_memory_mb
         batch, steps = first_batch(config, dataset), STEPS[device.type]
-        seconds = [train(candidate.trainer, RepeatedBatch(batch, steps)).seconds / steps for _ in range(ROUNDS[device.type])]
+        seconds = [
+            train(candidate.trainer, RepeatedBatch(batch, steps)).seconds / steps for _ in range(ROUNDS[device.type])
+        ]
         low, middle, high = 1000 * np.percentile(seconds, (20, 50, 80))
         print(f"# step: {middle:.3f} ms (p20 {low:.3f}, p80 {high:.3f}); warm-up {warm_up:.1f} s, {memory:,.0f} MiB")
 

@@ -50,17 +50,17 @@ batches=(128 512)
 sizes=(--seconds 20)
 training=(--dataset digits --epochs 8 --target-accuracy "${TARGET:-95}")
 shapes="64x32x32 or 256x32x32 or 512x16x16 or 2048x4x4"
-interpreter=()
+quick=
 [[ ${DATA:-} ]] && training=(--dataset folder --data-dir "$DATA" --epochs 30 --augmentation crop-flip-cutout
     --workers "$((cores > 2 ? cores - 2 : 1))" --target-accuracy "${TARGET:-93}")
 if [[ ${QUICK:-} ]]; then
     models=(vgg11 vgg13)
     batches=(8)
     sizes=(--seconds 1 --images 64 --rounds 1)
-    training=(--dataset digits --epochs 2 --batch-size 256)
+    training=(--dataset digits --epochs 1 --train-fraction 0.1)
     shapes="2048x4x4 and forward and plain"
     export FASTRES_BENCHMARK_BATCH=2
-    nvidia-smi -L >/dev/null 2>&1 || interpreter=(env TRITON_INTERPRET=1)
+    quick="and vgg16"
 fi
 parallel=()
 imports() { "$PYTHON" -c "import $1" >/dev/null 2>&1; }
@@ -141,7 +141,7 @@ stage_profile() {
 
 stage_loaders() {
     if imports nvidia.dali; then
-        FASTRES_CIFAR10_JPEG=${DATA:-} benchmark loaders 60 benchmarks/test_loaders.py
+        FASTRES_CIFAR10_JPEG=${DATA:-} benchmark loaders 90 benchmarks/test_loaders.py
     else
         note "loaders: left out, DALI does not import"
     fi
@@ -151,13 +151,13 @@ stage_rest() {
     profile "${models[0]}" 420 "${batches[0]}" --compile
     tests gpu-tests-of-compiling 150 compile
     benchmark operator 120 benchmarks/test_batch_norm_relu.py -k "$shapes"
-    benchmark steps 120 benchmarks/test_training.py -k "step or epoch"
+    benchmark steps 120 benchmarks/test_training.py -k "(step or epoch) $quick"
     for model in "${models[@]:1}"; do profile "$model" 80 "${batches[0]}" --no-compile; done
     for batch in "${batches[@]:1}"; do
         for model in "${models[@]}"; do profile "$model" 80 "$batch" --no-compile; done
     done
-    step tilings 200 "${interpreter[@]}" "$PYTHON" benchmarks/tune_batch_norm_relu.py "$RESULTS/tilings.jsonl"
-    benchmark forward 150 benchmarks/test_training.py -k forward
+    step tilings 200 "$PYTHON" benchmarks/tune_batch_norm_relu.py "$RESULTS/tilings.jsonl"
+    benchmark forward 150 benchmarks/test_training.py -k "forward $quick"
     for model in "${models[0]}" "${models[@]:2}"; do train "$model"; done
     if [[ ${DATA:-} ]]; then
         step study-architecture 150 "$PYTHON" -m fastres.study architecture --dataset folder --data-dir "$DATA" \

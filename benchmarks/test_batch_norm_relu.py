@@ -4,16 +4,16 @@
 
 bfloat16 activations, float32 parameters, channels-last. `copy` is the time that copying takes for the bytes that two
 passes must move, as fastres.profiling.roofline counts them; a cache may make the operator faster.
-FASTRES_BENCHMARK_BATCH=32 makes a quick run. On a GPU the kernels alone are timed, in turn on as many sets of tensors
-as its cache does not hold, and the compiler's are those of max-autotune but for its last refinement, coordinate
-descent.
+FASTRES_BENCHMARK_BATCH=32 makes a quick run. On a GPU each candidate is a CUDA graph, and takes in turn as many sets of
+tensors as its cache does not hold; the compiler's kernels are those of max-autotune without coordinate descent.
 """
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
-from timing import kernels_alone, sets_beyond_cache
+from timing import as_cuda_graph, sets_beyond_cache
 
 from fastres.ops import batch_norm_relu
 from fastres.ops.batch_norm_relu import reference
@@ -30,52 +30,56 @@ SHAPES = (  # channels, height and width of the norms of ResNet-50 and VGG-16
 )  # fmt: skip
 
 
-def tensors_moved(direction, has_residual):
-    """Read or written: x twice and y, and the residual; then grad and x twice and dx, and the residual's gradient."""
-    return 3 + has_residual + (0 if direction == "forward" else 5 + has_residual)
+class Inputs:
+    """`sets` of x, residual and gradient `[BATCH, channels, size, size]`, and the norm's parameters and statistics."""
 
+    def __init__(self, channels: int, size: int) -> None:
+        like = torch.empty(BATCH, channels, size, size, device=DEVICE, dtype=torch.bfloat16)
+        like = like.to(memory_format=torch.channels_last)
+        self.sets = sets_beyond_cache(like.nbytes)
+        self.bytes = self.sets * like.nbytes
+        self.tensors = [[torch.randn_like(like) for _ in range(3)] for _ in range(self.sets)]
+        self.weight, self.bias = torch.randn(2, channels, device=DEVICE).unbind()
+        self.running = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
 
-@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}x{shape[1]}")
-def test_batch_norm_relu(report, shape, direction, has_residual):
-    channels, size = shape
+    def passes(self, function: Callable[..., torch.Tensor], backward: bool, has_residual: bool) -> Callable[[], object]:
+        """The forward pass of `function` in training on every set, and its backward pass if `backward`."""
+        weight, bias = (tensor.detach().requires_grad_(backward) for tensor in (self.weight, self.bias))
+        sets = [[tensor.detach().requires_grad_(backward) for tensor in tensors] for tensors in self.tensors]
 
-    def activation():
-        x = torch.randn(BATCH, channels, size, size, device=DEVICE, dtype=torch.bfloat16)
-        return x.to(memory_format=torch.channels_last)
-
-    sets = sets_beyond_cache(BATCH * channels * size**2 * torch.bfloat16.itemsize)
-    inputs = [[activation() for _ in range(3)] for _ in range(sets)]
-    source = torch.randn(sets * BATCH * channels * size**2, device=DEVICE, dtype=torch.bfloat16)
-    copied = torch.empty_like(source)
-    weight, bias = torch.randn(2, channels, device=DEVICE).unbind()
-    running = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
-    if direction != "forward":
-        for tensor in (weight, bias, *(x for x, *_ in inputs), *(residual for _, residual, _ in inputs)):
-            tensor.requires_grad_()
-
-    def step(function):
-        def run():
-            results = []  # kept, lest every set write to the same memory, and to the cache alone
-            for x, residual, grad in inputs:
-                y = function(x, *running, weight, bias, residual=residual if has_residual else None)
+        def run() -> list[torch.Tensor]:
+            results = []  # kept, or every set would write to the same memory, which the cache holds
+            for x, residual, grad in sets:
+                y = function(x, *self.running, weight, bias, residual=residual if has_residual else None)
                 results.append(y.detach())
-                if direction != "forward":
-                    leaves = [x, weight, bias, residual][: 3 + has_residual]
-                    results += torch.autograd.grad(y, leaves, grad)
+                if backward:
+                    results += torch.autograd.grad(y, [x, weight, bias, residual][: 3 + has_residual], grad)
+            return results
 
         return run
 
+
+def tensors_moved(backward, has_residual):
+    """Read or written: x twice and y, and the residual; then grad and x twice and dx, and the residual's gradient."""
+    return 3 + has_residual + (5 + has_residual if backward else 0)
+
+
+@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}x{shape[1]}")
+def test_batch_norm_relu(report, request, shape, backward, has_residual):
     torch.compiler.reset()
+    inputs = Inputs(*shape)
+    source = torch.empty(inputs.bytes, dtype=torch.uint8, device=DEVICE)
+    copied = torch.empty_like(source)
     candidates = {
-        "fused": step(batch_norm_relu),
-        "eager": step(reference.batch_norm_relu),
-        "compile": step(torch.compile(reference.batch_norm_relu, dynamic=False, options=COMPILE_OPTIONS)),
-        "copy": lambda: copied.copy_(source),
+        "fused": batch_norm_relu,
+        "eager": reference.batch_norm_relu,
+        "compile": torch.compile(reference.batch_norm_relu, dynamic=False, options=COMPILE_OPTIONS),
     }
-    candidates = {name: kernels_alone(run) for name, run in candidates.items()}
-    seconds = {name: values / sets for name, values in interleave(candidates, ROUNDS).items()}
-    seconds["copy"] *= tensors_moved(direction, has_residual) / 2
-    case = f"{channels}x{size}x{size} {direction} {'residual' if has_residual else 'plain'}"
-    report("operator", case, BATCH, DEVICE, seconds)
+    runs = {name: inputs.passes(function, backward, has_residual) for name, function in candidates.items()}
+    runs["copy"] = lambda: copied.copy_(source)
+    measured = interleave({name: as_cuda_graph(run) for name, run in runs.items()}, ROUNDS)
+    seconds = {name: values / inputs.sets for name, values in measured.items()}
+    seconds["copy"] *= tensors_moved(backward, has_residual) / 2
+    report("operator", request.node.callspec.id.replace("-", " "), BATCH, DEVICE, seconds)

@@ -21,7 +21,7 @@ from fastres.data.datasets import synthetic
 from fastres.data.image_folder import folder
 from fastres.profiling.measure import interleave, planned_loader
 
-BATCH = 128
+BATCH = int(os.environ.get("FASTRES_BENCHMARK_BATCH", "128"))
 IMAGES = 390 * BATCH  # an epoch of CIFAR-10
 ROUNDS = 3
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -1,4 +1,4 @@
-"""What candidates run on, and the rows of their results."""
+"""Inputs and CUDA graphs for timing kernels, and the rows of a benchmark's results."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,16 +9,16 @@ import torch
 from fastres.training.cuda_graph import capture
 
 Row = dict[str, Any]  # a line of a result file
-GPU_BYTES = 2**30  # many times what a GPU's cache holds, and so much that its start takes a small part of the time
+GPU_BYTES = 2**30  # many times a GPU's cache, and enough that launching a graph takes a small part of the time
 
 
 def sets_beyond_cache(tensor_bytes: int) -> int:
-    """How many tensors of that size to take in turn, so that none is found in a GPU's cache; 1 where there is none."""
+    """The number of tensors of that size to take in turn, so that a GPU's cache holds none of them; 1 on a CPU."""
     return max(1, GPU_BYTES // tensor_bytes) if torch.cuda.is_available() else 1
 
 
-def kernels_alone(run: Callable[[], object], pool: object = None) -> Callable[[], object]:
-    """`run` as a CUDA graph, which takes as long as its kernels and not as Python; where there is no GPU, itself.
+def as_cuda_graph(run: Callable[[], object], pool: object = None) -> Callable[[], object]:
+    """`run` as a CUDA graph, which takes the time of its kernels, without Python's; on a CPU `run` itself.
 
     Graphs of one `pool` share memory.
     """
@@ -29,7 +29,7 @@ def kernels_alone(run: Callable[[], object], pool: object = None) -> Callable[[]
 
 
 def rows_of(benchmark: str, case: str, images: int | None, device: str, seconds: Mapping[str, np.ndarray]) -> list[Row]:
-    """A row for each candidate in `seconds`, `[rounds]`, of a pass over `images`; None for a time of its own.
+    """A row for each candidate of `seconds`, `[rounds]`, of a pass over `images`; None where no rate is meant.
 
     `seconds`, `p20` and `p80` are the median and percentiles of the rounds, and `times_as_long` is the median of the
     candidate's seconds over those of the first candidate in the same round.

@@ -172,8 +172,8 @@ class TrainConfig:
     )
     compile_mode: str = flag(
         "Engine",
-        "of torch.compile; max-autotune-no-coordinate-descent: max-autotune without its last refinement, which compiles "
-        "one kernel after the other; these two and reduce-overhead capture CUDA graphs of their own, of the model",
+        "of torch.compile; max-autotune-no-coordinate-descent is max-autotune without its last refinement, which "
+        "compiles one kernel after the other; both, and reduce-overhead, capture CUDA graphs of the model",
         "default",
         COMPILE_MODES,
     )

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler reports a missing GPU as an error
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and warns of memory that was there before it
 
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -158,8 +159,10 @@ def measure(
     images = steps_of_epoch * defaults.batch_size
     limit = steps_of_epoch * limit_seconds(step_kernels(shapes, defaults.batch_size, dtype), machine)
 
-    rows, left_out = plan_rows(config.compile, defaults)
-    candidates = [Candidate(name, settings, create_trainer(settings, dataset, plain)) for name, settings, plain in rows]
+    planned, left_out = plan_rows(config.compile, defaults)
+    candidates = [
+        Candidate(name, settings, create_trainer(settings, dataset, plain)) for name, settings, plain in planned
+    ]
     for line in left_out:
         console.print(f"left out: {line}")
     step_seconds = []
@@ -170,17 +173,19 @@ def measure(
             f"{candidate.name}: first step {candidate.warm_up_seconds:.2f} s, third {step_seconds[-1]:.2f} s, "
             f"peak memory {candidate.peak_memory_mb:,.0f} MiB"
         )
-    loaders = dict.fromkeys(candidate.config.loader for candidate in candidates)
-    rates = loader_rates([replace(defaults, loader=name) for name in loaders], dataset)
+    names = list(dict.fromkeys(candidate.config.loader for candidate in candidates))
+    rates = loader_rates(defaults, names, dataset)
 
     affordable = config.seconds / (sum(step_seconds) + step_seconds[-1])
     least = MIN_STEPS[device.type]
     rounds = int(min(max(affordable // least, 1), config.rounds))
     steps = int(min(max(affordable // rounds, least), steps_of_epoch))
-    for candidate in candidates:
-        candidate.loader = ContinuingLoader(planned_loader(candidate.config, dataset, steps_of_epoch), steps)
-    repeated = RepeatedBatch(first_batch(defaults, dataset), steps)
-    measured = [*candidates, Candidate("model alone", defaults, candidates[-1].trainer, repeated)]
+    # the loaders are local, because exit hangs on the workers of loaders that are still there
+    loaders: list[ContinuingLoader] = [
+        ContinuingLoader(planned_loader(candidate.config, dataset, steps_of_epoch), steps) for candidate in candidates
+    ]
+    loaders.append(RepeatedBatch(first_batch(defaults, dataset), steps))
+    measured = [*candidates, Candidate("model alone", defaults, candidates[-1].trainer)]
     result = {
         "model": defaults.model,
         "dataset": dataset.name,
@@ -197,20 +202,19 @@ def measure(
         "loader_alone_images_per_second": rates,
         "left_out": left_out,
         "config": as_json(config),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "versions": versions(),
         "commit": commit(),
         "date": f"{datetime.now():%Y-%m-%d %H:%M}",
     }
     for number in range(rounds):
-        for candidate in measured:
-            candidate.measure(number, steps_of_epoch)
+        for candidate, loader in zip(measured, loaders, strict=True):
+            candidate.measure(loader, number, steps_of_epoch)
         *rows, alone = (row(candidate, images, limit, candidates[0]) for candidate in measured)
         result |= {"rounds": number + 1, "candidates": rows, "model_alone": alone}
         result["advice"] = advice(result)
         write_json(folder / "profile.json", result)
         console.print(f"round {number + 1}/{rounds}, {steps} of {steps_of_epoch} steps: done")
-    for candidate in candidates:
-        candidate.loader = None  # drops the loaders now, or exit hangs on their workers
     return result, candidates[-1]
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from fastres.config import DATASET_DEFAULTS, TrainConfig, over_recipe
 from fastres.data.datasets import synthetic
 from fastres.fields import as_json
 from fastres.flags import Parser, add_flags
+from fastres.ops.batch_norm_relu import triton_kernels
 from fastres.profiling.measure import interleave
 from fastres.report.study import write_report
 
@@ -45,35 +47,30 @@ VERSIONS = {"torch": "2.11.0"}
 def profile(date, median):
     row = {
         "name": "eager",
-        "epoch_seconds": {"median": median, "p20": 3.0, "p80": 5.0, "rounds": [3.0, median, 5.0]},
+        "epoch_seconds": {"median": median, "p20": 3.0, "p80": 5.0},
         "images_per_second": 12500.4,
         "times_eager": 1.0,
         "data_wait_fraction": 0.312,
         "peak_memory_mb": 1234.5,
         "limit_share": 0.25,
     }
-    return keep_run.kept_profile(
-        {
-            "model": "vgg16",
-            "dataset": "synthetic",
-            "images_per_epoch": 50_000,
-            "batch_size": 128,
-            "augmentation": "crop-flip",
-            "config": {"model": "vgg16", "seconds": 150.0, "data_dir": "data", "compile": True, "trace": True},
-            "rounds": 5,
-            "steps_per_round": 40,
-            "steps_per_epoch": 390,
-            "device": "Some GPU",
-            "limit_epoch_seconds": 1.0,
-            "limit_images_per_second": 50_000.0,
-            "loader_alone_images_per_second": {"dali": 100_000.0},
-            "candidates": [row],
-            "model_alone": row,
-            "versions": VERSIONS,
-            "commit": "0123456789abcdef-dirty",
-            "date": date,
-        }
-    )
+    return {
+        "command": "python -m fastres.profile --model vgg16 --seconds 150",
+        "model": "vgg16",
+        "dataset": "synthetic",
+        "images_per_epoch": 50_000,
+        "batch_size": 128,
+        "augmentation": "crop-flip",
+        "rounds": 5,
+        "steps_per_round": 40,
+        "steps_per_epoch": 390,
+        "device": "Some GPU",
+        "limit_epoch_seconds": 1.0,
+        "candidates": [row],
+        "versions": VERSIONS,
+        "commit": "0123456789abcdef-dirty",
+        "date": date,
+    }
 
 
 def row(benchmark, case, candidate, seconds, times_as_long=1.0, images=32, device="Some CPU"):
@@ -95,7 +92,7 @@ def test_the_newest_profile_is_shown():
     text = render.render(readme("profile"), [profile("2026-02-01 10:00", 4.0), profile("2026-01-01 10:00", 9.0)])
     assert "| eager | 4.00 | 3.00 to 5.00 | 12,500 | 1.00 | 31.2 % | 1,234 | 25 % |" in text
     assert "5 rounds of 40 of 390 steps; torch 2.11.0, commit 0123456-dirty, 2026-02-01 10:00" in text
-    assert "`python -m fastres.profile --model vgg16 --seconds 150 --compile`" in text
+    assert "`python -m fastres.profile --model vgg16 --seconds 150`" in text
     assert "9.00" not in text
     assert "old" not in text
     assert text.startswith("above\n<!-- results:profile -->\n")
@@ -261,8 +258,32 @@ def test_a_table_that_could_not_be_kept_is_refused_before_anything_is_measured(a
 
 def test_the_operator_moves_what_the_roofline_counts():
     moved = script("test_batch_norm_relu").tensors_moved
-    assert [moved("forward", residual) for residual in (False, True)] == [3, 4]
-    assert [moved("forward+backward", residual) for residual in (False, True)] == [8, 10]  # as in test_roofline.py
+    assert [moved(False, residual) for residual in (False, True)] == [3, 4]
+    assert [moved(True, residual) for residual in (False, True)] == [8, 10]  # as in test_roofline.py
+
+
+def test_each_tiling_is_captured_and_timed(tmp_path, monkeypatch):
+    tune, seen = script("tune_batch_norm_relu"), []
+    choose = triton_kernels.tiling
+
+    def capture(run, pool):
+        seen.append(triton_kernels.tiling(0, 0, True))
+        return run
+
+    monkeypatch.setattr(tune, "as_cuda_graph", capture)
+    monkeypatch.setattr(tune, "SHAPES", ((2048, 1), (64, 8)))  # the first is read once, whatever its tiling
+    monkeypatch.setattr(tune, "ROUNDS", 1)
+    tune.main(tmp_path / "tilings.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "tilings.jsonl").read_text().splitlines()]
+    tried = tune.tilings(choose(tune.BATCH * 64, 64, True), tune.BATCH * 64, 64)
+    assert seen == tried * 2
+    assert len(set(tried)) == len(rows) > 10
+    for row, tiling in zip(rows, tried, strict=True):
+        assert (row["channels"], row["size"]) == (64, 8)
+        assert row.items() >= asdict(tiling).items()
+        assert min(row["forward_us"], row["both_us"]) > 0
+    assert rows[0]["own_forward"] == rows[0]["own_both"] == 1
+    assert triton_kernels.tiling is choose
 
 
 def test_loaders_are_measured_in_images_a_second(monkeypatch):
@@ -448,6 +469,18 @@ def test_runs_are_kept_and_shown_with_their_command(between, tmp_path):
     text = render.render(readme("training"), [run | {"file": "train-mine-Some-CPU-2026-01-02"}])
     assert "| `mine-Some-CPU` | digits | 90.33 / 89.50 % | 48.4 | 310 | 0.3 % | Some CPU, 2026-01-02, " in text
     assert "* `mine-Some-CPU`: `python -m fastres.train --data-dir DIR --lr 1`\n" in text
+
+
+def test_a_profile_is_kept_without_the_users_folders(tmp_path):
+    measured = profile("2026-02-01 10:00", 4.0) | {
+        "command": "python -m fastres.profile --dataset folder --data-dir /home/me/x --output-dir /home/me/y",
+        "config": {"dataset": "folder", "data_dir": "/home/me/x", "output_dir": "/home/me/y"},
+    }  # fmt: skip
+    (tmp_path / "profile.json").write_text(json.dumps(measured))
+    assert keep_run.kept(tmp_path) == measured | {
+        "command": "python -m fastres.profile --dataset folder --data-dir DIR",
+        "config": {"dataset": "folder", "data_dir": None, "output_dir": None},
+    }
 
 
 def test_the_front_page_has_the_most_accurate_run_of_each_network_on_all_of_its_data():

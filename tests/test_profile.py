@@ -14,7 +14,7 @@ from torch import nn
 
 from fastres import profile
 from fastres.config import TrainConfig
-from fastres.models import create_model
+from fastres.models import MODELS, create_model
 from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
 from fastres.profiling import roofline
 from fastres.profiling.measure import Candidate, PlainTrainer, create_trainer
@@ -44,7 +44,14 @@ def flags(tmp_path):
     ]  # fmt: skip
 
 
-def test_profiles_every_step_on_the_way(command_line, flags, tmp_path):
+def model_of_weights(num_classes, norm_layer):
+    """A model whose weights take far more memory than its activations, and that trains in milliseconds."""
+    stem = nn.Conv2d(3, 8, 3, stride=2, bias=False), norm_layer(8), nn.AdaptiveAvgPool2d(4), nn.Flatten()
+    return nn.Sequential(*stem, nn.Linear(128, 4096), nn.Linear(4096, num_classes))
+
+
+def test_profiles_every_step_on_the_way(command_line, flags, monkeypatch, tmp_path):
+    monkeypatch.setitem(MODELS, "vgg11", model_of_weights)
     assert command_line(*flags, "--rounds", 2, "--trace") == 0
     folder = tmp_path / "profile"
     result = json.loads((folder / "profile.json").read_text())
@@ -92,10 +99,10 @@ def test_an_interrupted_profile_keeps_the_rounds_that_were_finished(
 ):
     measure = Candidate.measure
 
-    def interrupted(candidate, number, steps_of_epoch):
+    def interrupted(candidate, loader, number, steps_of_epoch):
         if number == 2:
             raise KeyboardInterrupt
-        measure(candidate, number, steps_of_epoch)
+        measure(candidate, loader, number, steps_of_epoch)
 
     monkeypatch.setattr(Candidate, "measure", interrupted)
     assert command_line(*flags, "--seconds", 1000, "--rounds", 3) == 130
@@ -107,7 +114,7 @@ def test_an_interrupted_profile_keeps_the_rounds_that_were_finished(
     assert plot_profile(tmp_path / "profile").exists()
 
 
-def test_profiles_a_dataset_of_files(command_line, flags, image_folder):
+def test_profiles_a_dataset_of_files(command_line, flags, tiny_vgg11, image_folder):
     assert command_line(*flags, "--dataset", "folder", "--data-dir", image_folder, "--rounds", 1) == 0
     assert "dataset: folder, 60 training images" in command_line.out
 
@@ -160,7 +167,7 @@ def test_the_table_has_every_figure():
         assert line in lines
 
 
-def test_without_dali_and_bf16_those_steps_are_left_out(command_line, flags, monkeypatch, tmp_path):
+def test_without_dali_and_bf16_those_steps_are_left_out(command_line, flags, tiny_vgg11, monkeypatch, tmp_path):
     monkeypatch.setattr("fastres.training.hardware.torch.cpu._is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr("fastres.training.hardware.torch.cpu._is_amx_tile_supported", lambda: False)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)

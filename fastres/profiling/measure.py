@@ -2,8 +2,9 @@
 loop to compare with."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, chain, count, islice, repeat
 from typing import Any
@@ -131,7 +132,6 @@ class Candidate:
     name: str
     config: TrainConfig
     trainer: PlainTrainer | Trainer
-    loader: Any = None
     warm_up_seconds: float = 0.0
     peak_memory_mb: float = 0.0
     epoch_seconds: list[float] = field(default_factory=list)
@@ -152,15 +152,15 @@ class Candidate:
             self.warm_up_seconds += self.trainer.warm_up(evaluation=False)
         return train(self.trainer, step).seconds
 
-    def measure(self, number: int, steps_of_epoch: int) -> None:
-        """Trains on the loader and scales the time to a whole epoch: the first wait counts once, the rest per step.
+    def measure(self, loader: ContinuingLoader, number: int, steps_of_epoch: int) -> None:
+        """Trains on ``loader`` and scales the time to a whole epoch: the first wait counts once, the rest per step.
 
         A loader as long as an epoch includes the next one's first wait.
         """
-        result = train(self.trainer, self.loader, number)
+        result = train(self.trainer, loader, number)
         wait, work = result.data_wait_seconds, result.seconds - result.data_wait_seconds
         if result.steps < steps_of_epoch:
-            wait = self.loader.first_wait + wait / result.steps * (steps_of_epoch - 1)
+            wait = loader.first_wait + wait / result.steps * (steps_of_epoch - 1)
             work *= steps_of_epoch / result.steps
         self.wait_seconds.append(wait)
         self.epoch_seconds.append(work + wait)
@@ -221,16 +221,16 @@ def measure_memory(trainer: PlainTrainer | Trainer, step: Loader) -> float:
     return (own + allocated) / 2**20
 
 
-def loader_rates(configs: Sequence[TrainConfig], dataset: Dataset) -> dict[str, float]:
-    """Images a second of each config's loader with no model consuming the batches, the median of interleaved passes."""
-    steps = max(min(LOADER_IMAGES, len(dataset.train)) // configs[0].batch_size, 1)
+def loader_rates(config: TrainConfig, names: Sequence[str], dataset: Dataset) -> dict[str, float]:
+    """Images a second of each loader with no model consuming the batches: the median of interleaved passes."""
+    steps = max(min(LOADER_IMAGES, len(dataset.train)) // config.batch_size, 1)
 
-    def passes(config: TrainConfig) -> Callable[[], object]:
-        loader, numbers = planned_loader(config, dataset, steps), count()
-        return lambda: sum(len(labels) for _, labels in loader.epoch(next(numbers)))
+    def passes(name: str) -> Callable[[], object]:
+        loader, numbers = planned_loader(replace(config, loader=name), dataset, steps), count()
+        return lambda: deque(loader.epoch(next(numbers)), maxlen=0)
 
-    seconds = interleave({config.loader: passes(config) for config in configs}, LOADER_PASSES)
-    return {name: steps * configs[0].batch_size / float(np.median(values)) for name, values in seconds.items()}
+    seconds = interleave({name: passes(name) for name in names}, LOADER_PASSES)
+    return {name: steps * config.batch_size / float(np.median(values)) for name, values in seconds.items()}
 
 
 def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:

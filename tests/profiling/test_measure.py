@@ -37,8 +37,8 @@ class FixedLoader:
 
 @pytest.mark.parametrize(("steps", "wait"), [(4, 1.2), (100, 1.0 + 99 * 0.3)])
 def test_the_first_wait_is_paid_once_an_epoch(steps, wait):
-    candidate = Candidate("eager", TrainConfig(), FixedTrainer(), FixedLoader())
-    candidate.measure(0, steps)
+    candidate = Candidate("eager", TrainConfig(), FixedTrainer())
+    candidate.measure(FixedLoader(), 0, steps)
     assert candidate.wait_seconds == pytest.approx([wait])
     assert candidate.epoch_seconds == pytest.approx([wait + steps * 0.45])
 
@@ -68,7 +68,7 @@ def test_a_loader_without_a_model_is_measured_in_images_a_second(monkeypatch):
                 yield None, torch.zeros(4)
 
     monkeypatch.setattr("fastres.profiling.measure.planned_loader", lambda *_: Loader())
-    rates = loader_rates([TrainConfig(batch_size=4, loader="dali", device="cpu")], synthetic(8))
+    rates = loader_rates(TrainConfig(batch_size=4, device="cpu"), ["dali"], synthetic(8))
     assert 1 < rates["dali"] <= 8 / 0.04
 
 
