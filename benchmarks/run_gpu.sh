@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What is worth knowing about fastres on a GPU that is there for minutes, the most important first.
+# Measures fastres on a GPU that is there for minutes, the most important first.
 #
 #   benchmarks/run_gpu.sh OUT [STAGE...]
 #
@@ -9,20 +9,20 @@
 #   kernels       kernel tables of ResNet-50 at batch 128 and 512
 #   rival         the same of torch.compile with max-autotune and CUDA graphs, and of fastres compiled like it
 #   train         ResNet-18 to its target accuracy
-#   profile       the profile of ResNet-50, without what torch.compile takes minutes for
+#   profile       the profile of ResNet-50, without its compiled rows, which take minutes
 #   loaders       images a second of both loaders; left out without DALI
 #   rest          the compiled rows of the profile, tests of compiling, operator, steps, other models, tilings, the study
 #
 # After every step OUT/results.tar.gz holds all results so far but the weights, those of an earlier call included. In it
-# steps.txt has a line for each step with exit code and seconds; a step that fails or takes too long does not keep the
-# next from being run, and what no time is left for is noted. `tar -xzf` into benchmarks/results/MACHINE-DATE keeps them.
+# steps.txt has a line for each step with exit code and seconds. After a step that fails or takes too long the next one
+# runs; a step that there is no time left for is noted. Unpacked into benchmarks/results/MACHINE-DATE, they are kept.
 #
 #   PYTHON           interpreter with torch (python3); fastres itself need not be installed
 #   FASTRES_COMMIT   commit for the tables, where there is no git repository
 #   DATA, LABEL      folder with CIFAR-10 as train/<class>/ and test/<class>/ (digits otherwise), and its name in tables
-#   TARGET           accuracy in percent at which ResNet-18 has learned enough
-#   BUDGET           seconds for this call
-#   RESULTS          folder of the results, which later calls add to
+#   TARGET           accuracy in percent at which training ends (93; digits: 95)
+#   BUDGET           seconds for this call (560)
+#   RESULTS          folder of the results (build/gpu), to which later calls add theirs
 #   QUICK=1          tiny sizes, to try the script itself, also where there is no GPU
 set -uo pipefail
 
@@ -80,7 +80,9 @@ step() {
         return
     fi
     rm -rf "${RESULTS:?}/$name" # of an earlier call
-    timeout --signal=INT --kill-after=10 "$((limit < left ? limit : left))" "$@" >"$RESULTS/$name.log" 2>&1 || code=$?
+    # SIGINT lets pytest and fastres keep what they have; without env a background job would ignore it
+    env --default-signal=INT timeout --signal=INT --kill-after=10 "$((limit < left ? limit : left))" "$@" \
+        >"$RESULTS/$name.log" 2>&1 || code=$?
     keep "$name"
     note "$name: exit code $code after $((SECONDS - start)) s"
 }

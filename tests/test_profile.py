@@ -284,11 +284,11 @@ def measured(name, seconds, wait=0.0, **engine):
         ),
         (
             [measured("eager", 9.0), measured("fastres", 2.0, 0.31)],
-            "data wait is 31%: the dali loader gives 1,000 images/s alone, the model takes 67; raise --workers$",
+            "data wait is 31%: the dali loader gives 1,000 images/s by itself, the model takes 67; raise --workers$",
         ),
         (
             [measured("eager", 9.0), measured("fastres", 2.0, 0.03, loader="eager")],
-            "data wait is 3%: the eager loader gives 10 images/s alone, the model takes 67; install DALI",
+            "data wait is 3%: the eager loader gives 10 images/s by itself, the model takes 67; install DALI",
         ),
         (
             [measured("+ AMP", 1.8, fused=False), measured("fastres", 2.0)],

@@ -114,7 +114,7 @@ class ContinuingLoader:
 
 
 class RepeatedBatch(ContinuingLoader):
-    """A loader of ``steps`` times the same batch, already on the device: it costs nothing."""
+    """A loader of ``steps`` times the same batch, already on the device, so that loading takes no time."""
 
     def __init__(self, batch: Batch, steps: int) -> None:
         self.steps, self.batches = steps, repeat(batch)
@@ -201,7 +201,7 @@ def first_batch(config: TrainConfig, dataset: Dataset) -> Batch:
 def measure_memory(trainer: PlainTrainer | Trainer, step: Loader) -> float:
     """The peak in MiB of what torch's allocator holds for this trainer during a training step on ``step``.
 
-    That is its weights and optimizer state, and the peak of what the step allocates on top of what was there.
+    That is its weights and optimizer state, and the peak of the step's own allocations.
     """
     held = [*trainer.model.parameters(), *trainer.model.buffers(), *state_tensors(trainer.optimizer)]
     own = sum(tensor.numel() * tensor.itemsize for tensor in held)
@@ -236,8 +236,8 @@ def loader_rates(config: TrainConfig, names: Sequence[str], dataset: Dataset) ->
 def interleave(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
     """Seconds of each candidate in each round, ``[rounds]``; a round calls every candidate once, in random order.
 
-    Other load on the machine then slows all of them alike, and so does what the one before left in the caches. Each is
-    called once beforehand, to warm up. A GPU is waited for on both sides of a measurement.
+    Other load on the machine, and the caches as the candidate before has left them, then slow all alike. Each candidate
+    is called once to warm up. A GPU is synchronised before and after each measurement.
     """
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for run in candidates.values():

@@ -63,7 +63,7 @@ def advice(result: dict[str, Any]) -> str:
     wait = fastres["data_wait_fraction"]
     if wait > MUCH_WAIT:
         rate = result["loader_alone_images_per_second"][loader]
-        alone = f"the {loader} loader gives {rate:,.0f} images/s alone, the model takes "
+        alone = f"the {loader} loader gives {rate:,.0f} images/s by itself, the model takes "
         alone += f"{result['model_alone']['images_per_second']:,.0f}"
         change = "raise --workers" if loader == "dali" else "install DALI and take --loader dali"
         return f"data wait is {100 * wait:.0f}%: {alone}; {change}"

@@ -1,4 +1,4 @@
-"""What a profile measures with: a few steps that stand for an epoch, and two loops that do the same."""
+"""Measuring for a profile: a few steps stand for an epoch, and the plain loop trains as the trainer does."""
 
 import time
 
