@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
 
 
 def read_benchmarks(path: Path) -> Content:
-    """What --benchmark-csv wrote: the provenance, as JSON in the first line, and the table's `rows`."""
+    """A file of --benchmark-csv: the provenance, as JSON in the first line, and the table's `rows`."""
     try:
         provenance, table = path.read_text(encoding="utf-8").split("\n", 1)
         return {**json.loads(provenance.removeprefix("#")), "rows": pd.read_csv(StringIO(table)).to_dict("records")}

@@ -4,8 +4,8 @@
 
 bfloat16 activations, float32 parameters, channels-last. `copy` is the time that copying takes for the bytes that two
 passes must move, as fastres.profiling.roofline counts them; a cache may make the operator faster.
-FASTRES_BENCHMARK_BATCH=32 makes a quick run. On a GPU the kernels alone are timed, in turn on as many sets of tensors
-as its cache does not hold, and the compiler's are those of max-autotune but for its last refinement, coordinate
+FASTRES_BENCHMARK_BATCH=32 makes a quick run. On a GPU the kernels are timed without Python, in turn on as many sets of
+tensors as its cache does not hold, and the compiler's are those of max-autotune but for its last refinement, coordinate
 descent.
 """
 
@@ -57,7 +57,7 @@ def test_batch_norm_relu(report, shape, direction, has_residual):
 
     def step(function):
         def run():
-            results = []  # kept, lest every set write to the same memory, and to the cache alone
+            results = []  # kept, or every set would write to the same memory, which stays in the cache
             for x, residual, grad in inputs:
                 y = function(x, *running, weight, bias, residual=residual if has_residual else None)
                 results.append(y.detach())

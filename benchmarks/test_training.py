@@ -46,7 +46,7 @@ def dataset():
 
 
 def settings(model, dataset):
-    """What fastres.train chooses by default for an epoch of CIFAR-10's length, and the settings of plain PyTorch."""
+    """The default settings of fastres.train for an epoch of CIFAR-10's length, and those of plain PyTorch."""
     fastres, _ = resolve(TrainConfig(model=model, batch_size=BATCH), dataset)
     return {"fastres": fastres, "eager": replace(fastres, **EAGER)}
 

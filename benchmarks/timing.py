@@ -1,4 +1,4 @@
-"""What candidates run on, and the rows of their results."""
+"""Tensors beyond a cache, kernels without Python, and the rows of results."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,12 +13,12 @@ GPU_BYTES = 2**30  # many times what a GPU's cache holds, and so much that its s
 
 
 def sets_beyond_cache(tensor_bytes: int) -> int:
-    """How many tensors of that size to take in turn, so that none is found in a GPU's cache; 1 where there is none."""
+    """Number of tensors of that size to use in turn, so that a GPU's cache holds none of them; 1 without a GPU."""
     return max(1, GPU_BYTES // tensor_bytes) if torch.cuda.is_available() else 1
 
 
 def kernels_alone(run: Callable[[], object], pool: object = None) -> Callable[[], object]:
-    """`run` as a CUDA graph, which takes as long as its kernels and not as Python; where there is no GPU, itself.
+    """`run` as a CUDA graph, so that its kernels are timed and Python is not; without a GPU, `run` itself.
 
     Graphs of one `pool` share memory.
     """

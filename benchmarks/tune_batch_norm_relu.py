@@ -1,10 +1,10 @@
-"""How long the Triton kernels take under other tilings than their own: what to look at before that is changed.
+"""Times the Triton kernels under other tilings than the one that they choose.
 
     python benchmarks/tune_batch_norm_relu.py FILE
 
 For some shapes of ResNet-50, with residual, bfloat16, channels-last. A line a tiling goes to FILE as soon as its
 shape is measured: JSON, with microseconds of forward and backward, medians of interleaved rounds of the kernels
-alone, and how many times as long the kernels' own tiling takes. FASTRES_BENCHMARK_BATCH sets the batch size;
+without Python, and how many times as long the kernels' own tiling takes. FASTRES_BENCHMARK_BATCH sets the batch size;
 TRITON_INTERPRET=1 tries the script where there is no GPU.
 """
 
@@ -56,7 +56,7 @@ def passes(channels, size):
     weight, bias, *running = torch.ones(4, channels, device=DEVICE).unbind()
     mean, var = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
 
-    # results are kept, lest every set write to the same memory, and to the cache alone
+    # results are kept, or every set would write to the same memory, which stays in the cache
     def forward():
         return [triton_kernels.forward(x, r, weight, bias, *running, True, 0.1, 1e-5, True) for x, r, _ in inputs]
 
@@ -72,7 +72,7 @@ def main(path: Path) -> None:
         for channels, size in SHAPES:
             rows = BATCH * size * size
             own = choose(rows, channels, True)
-            if own.once:
+            if own.single_pass:
                 continue
             forward, backward, sets = passes(channels, size)
             # on a CPU a candidate is no CUDA graph, and would run with the last tiling

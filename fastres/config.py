@@ -170,7 +170,7 @@ class TrainConfig:
     )
     compile_mode: str = flag(
         "Engine",
-        "of torch.compile; reduce-overhead and max-autotune capture CUDA graphs of their own, of the model alone",
+        "of torch.compile; reduce-overhead and max-autotune capture CUDA graphs of the model",
         "default",
         COMPILE_MODES,
     )

@@ -1,4 +1,4 @@
-"""What a profile measures with: a few steps that stand for an epoch, and two loops that do the same."""
+"""The profile's tools: a few steps that stand for an epoch, and two loops that do the same."""
 
 import time
 
