@@ -48,7 +48,7 @@ class Inputs:
         sets = [[tensor.detach().requires_grad_(backward) for tensor in tensors] for tensors in self.tensors]
 
         def run() -> list[torch.Tensor]:
-            results = []  # kept, or every set would write to the same memory, which the cache holds
+            results = []  # kept, or every set would write to the same memory, which stays in the cache
             for x, residual, grad in sets:
                 y = function(x, *self.running, weight, bias, residual=residual if has_residual else None)
                 results.append(y.detach())

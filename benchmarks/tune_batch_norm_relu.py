@@ -1,4 +1,4 @@
-"""How long the operator takes on a GPU under other tilings than its own: a help for changing that.
+"""Times the operator on a GPU under other tilings than the one that it chooses.
 
     python benchmarks/tune_batch_norm_relu.py FILE
 

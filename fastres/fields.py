@@ -27,7 +27,7 @@ def flag(group: str, help: str, default: Any, choices: Sequence[str] | None = No
 
 
 def path(text: str) -> Path:
-    """A path with ``~`` expanded, which a shell leaves alone in ``--flag=~/x``."""
+    """A path with ``~`` expanded, which a shell does not expand in ``--flag=~/x``."""
     return Path(os.path.expanduser(text))
 
 

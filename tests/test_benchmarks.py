@@ -197,7 +197,7 @@ def test_the_table_at_the_end_shows_images_a_second_and_times_eager():
 
 
 def pytest_in_the_root(*arguments):
-    """What pytest prints, and then the modules that it has imported."""
+    """The output of pytest, and then the modules that it has imported."""
     code = "import sys, pytest; code = pytest.main(sys.argv[1:]); print('imported', *sys.modules); sys.exit(code)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(

@@ -81,6 +81,7 @@ def test_selection_targets_and_looks(command_line, runs):
             amend(
                 runs / f"{name}-seed{seed}", best_selected_on="validation", best_accuracy=90.0 + seed,
                 best_on_test_accuracy=95.0, selection_gain=0.25, test_evaluations=3, target_accuracy=92.0,
+                phase_seconds={"start_up": 2.0, "training": 10.0 + seed},
                 target_seconds=None if seed == 2 and name == "bad" else 10.0 + seed, joules=None, train_flop=2e12,
             )  # fmt: skip
     assert command_line(*runs.glob("good-*"), *runs.glob("bad-*"), "--output-dir", runs / "out") == 0
@@ -90,6 +91,7 @@ def test_selection_targets_and_looks(command_line, runs):
         "| accuracy, best on validation, % | 91.00 ± 1.00 | 91.00 ± 1.00 | +0.00 (+0.00 to +0.00) |",
         "| gained by selecting the best, points | 0.25 ± 0.00 |",
         "| arithmetic, TFLOP | 2.0 ± 0.0 |",
+        "| of the whole process: training, s | 11.0 | 11.0 |",
         "| seconds of training to 92 %, median | 11.0; 3 of 3 reached it | 11.0; 2 of 3 reached it |",
     ):
         assert words in text

@@ -54,7 +54,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built_without_a_compiler(source, tmp_path_factory):
-    """What building a wheel beside the sdist gave and printed."""
+    """The wheel built beside the sdist, and the output of the build."""
     pip = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index", "-w", ".."]
     return run(*pip, ".", cwd=source, PATH=str(tmp_path_factory.mktemp("empty")))
 

@@ -1,4 +1,4 @@
-"""What the README tells a user to write works as it stands."""
+"""The README's Python runs as it stands."""
 
 import re
 from pathlib import Path

@@ -150,6 +150,10 @@ def figures(results: Sequence[Results]) -> list[dict[str, str]]:
         table["validated_accuracy"] = table["best_accuracy"].where(table["best_selected_on"] == "validation")
     known = [name for name in FIGURES if all(table.get(name, missing).notna().all() for table in tables)]
     rows = [row(name, results) for name in known]
+    if all(len(result.phases) for result in results):
+        for phase in results[0].phases.index:
+            seconds = {as_markdown(one.label): f"{one.phases[phase]:,.1f}" for one in results}
+            rows.append({"": f"of the whole process: {phase}, s"} | seconds)
     targets = pd.concat([table.get("target_accuracy", missing) for table in tables])
     if targets.notna().all() and targets.nunique() == 1:
         times = {as_markdown(one.label): time_to_target(one.figures["target_seconds"]) for one in results}

@@ -17,7 +17,7 @@ CLEARLY_FASTER = 1.05
 
 
 def profile_table(result: dict[str, Any]) -> str:
-    """A row for each candidate, then the model alone and the ceilings."""
+    """A row for each candidate, then the model without a loader and the ceilings."""
     rounds = f"{result['rounds']} interleaved rounds of"
     scale = f"{rounds} {result['steps_per_round']} of {result['steps_per_epoch']} steps, scaled to an epoch"
     if result["steps_per_round"] == result["steps_per_epoch"]:

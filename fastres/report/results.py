@@ -86,6 +86,12 @@ class Results:
     def estimate(self, metric: str) -> Estimate:
         return Estimate(self.means[metric]) if metric in CONSTANT else Estimate.of(self.figures[metric])
 
+    @property
+    def phases(self) -> pd.Series:
+        """Mean seconds of wall time by phase; empty for runs of versions that had no clock."""
+        known = [summary["phase_seconds"] for summary in self.summaries if "phase_seconds" in summary]
+        return pd.DataFrame(known).mean().rename(lambda name: name.replace("_", "-"))
+
     def minus(self, other: "Results", metric: str, confidence: float = CONFIDENCE) -> Difference:
         """The difference of the means; of constant figures without an interval."""
         if metric in CONSTANT:

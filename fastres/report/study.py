@@ -83,6 +83,7 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         losses_table=losses_table(study, results),
         cost_table=cost_table(results),
         time_table=time_table(results, price_per_hour),
+        phases_table=phases_table(results),
         first_to={target: first_to(results, target) for target in TARGETS},
         decisions=map(decision_line, decisions(results, study["decide"])) if study.get("decide") else (),
         growth=growth,
@@ -248,6 +249,17 @@ def time_table(results: list[Results], price_per_hour: float) -> str:
         if price_per_hour:
             row[f"cost at {price_per_hour:g} an hour"] = f"{result.means['train_seconds'] / 3600 * price_per_hour:.4f}"
         rows.append(row)
+    return table_of(rows)
+
+
+def phases_table(results: list[Results]) -> str:
+    """Seconds of wall time of each run by phase, and of its whole process."""
+    if not all(len(result.phases) for result in results):
+        return ""
+    rows = []
+    for result in results:
+        seconds = {phase: f"{value:,.1f}" for phase, value in result.phases.items()}
+        rows.append({"run": f"**{as_markdown(result.label)}**"} | seconds | {"whole": f"{result.phases.sum():,.1f}"})
     return table_of(rows)
 
 

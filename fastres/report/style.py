@@ -18,7 +18,7 @@ styled = rc_context(  # a decorator for functions that draw
 
 
 def number_plainly(axis: Axis) -> None:
-    """Ticks of a logarithmic axis as plain numbers, at 1, 2 and 5 alone, so that they do not crowd."""
+    """Ticks of a logarithmic axis as plain numbers, at 1, 2 and 5 only, so that they do not crowd."""
     plain = FuncFormatter(lambda value, position: f"{value:g}" if f"{value:e}"[0] in "125" else "")
     axis.set_major_formatter(plain)
     axis.set_minor_formatter(plain)

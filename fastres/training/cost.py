@@ -1,4 +1,4 @@
-"""What a run costs beyond its seconds: floating-point operations, the machine's limit, and energy."""
+"""The cost of a run beyond its seconds: floating-point operations, the machine's limit, and energy."""
 
 import ctypes
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""What a run shows of itself: the summary on the terminal and the curves."""
+"""A run's summary on the terminal, and its curves."""
 
 import io
 

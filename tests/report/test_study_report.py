@@ -337,6 +337,16 @@ def test_one_seed_has_no_deviation(report_of, study):
     assert "| **VGG-16** | 93.00 | 91.00 | 84.80 | 9.52 | 0.2500 | 14.70 | 6 |" in report
 
 
+def test_the_seconds_of_the_whole_process_by_phase(report_of, tmp_path):
+    for path in tmp_path.glob("*/summary.json"):
+        seed = json.loads(path.read_text())["seed"]
+        phases = {"start_up": 2.0 + seed, "training": 10.0}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"phase_seconds": phases}))
+    report = report_of()
+    assert "| run | start-up | training | whole |" in report
+    assert "| **VGG-16** | 2.5 | 10.0 | 12.5 |" in report
+
+
 def test_one_epoch_has_no_spread(report_of, tmp_path):
     for path in tmp_path.glob("*/history.csv"):
         pd.read_csv(path)[:1].to_csv(path, index=False)
@@ -564,3 +574,23 @@ def test_the_page_opens_in_a_browser_with_its_pictures(report_of, tmp_path):
     widths = [int(width) for width in re.search(r"<title>(.*?)</title>", done.stdout)[1].split(",")]
     assert len(widths) == 3
     assert min(widths) > 500
+
+
+@pytest.mark.parametrize(
+    ("margin", "found"),
+    [(40.0, "Yes"), (1.0, "Not decided"), (0.01, "Not decided")],
+)
+def test_equivalence_is_decided_by_the_interval_of_90_percent(margin, found, text_of, tmp_path):
+    """The differences at the last epoch are -3 and -7 points: -5, and 6.31 times the standard error of 2."""
+    pair = ["resnet", "vgg"]
+    losses = {("resnet", 0): [2.0, 1.0], ("resnet", 1): [2.2, 1.2], ("vgg", 0): [2.0, 1.1], ("vgg", 1): [2.5, 1.2]}
+    for (name, seed), values in losses.items():
+        path = tmp_path / f"{name}-seed{seed}/summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"first_losses": values}))
+    conjecture = {
+        "text": "they are", "expect": "equivalent", "metric": "last_accuracy", "margin": margin, "before": pair,
+        "after": pair,
+    }  # fmt: skip
+    content = text_of(conjectures=[conjecture])
+    assert f"{found}: ResNet-50 minus VGG-16 is -5.00 (-17.63 to +7.63) points of accuracy at the last epoch" in content
+    assert "| 1 | 2.25 | 2.1 | 0.3 |" in content  # of seed 1, 2.5 and 2.2

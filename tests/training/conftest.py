@@ -1,4 +1,4 @@
-"""What the tests of runs share: a run of the tiny model, and when two runs are the same."""
+"""Shared by the tests of runs: a run of the tiny model, and when two runs are the same."""
 
 import json
 

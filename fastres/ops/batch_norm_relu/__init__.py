@@ -17,10 +17,6 @@ from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, new_stat
 
 __all__ = ["batch_norm_relu"]
 
-# Under torch.compile, too, this is one operator that runs its own kernels. False lets the compiler see plain
-# PyTorch instead and fuse it with its neighbours.
-OPAQUE_TO_COMPILER = True
-
 library = torch.library.Library("fastres", "FRAGMENT")
 # When training, mean and var are those of x, the variance biased, and the running ones move towards them, the
 # variance unbiased. In evaluation mean and var are empty, and x is normalised with the running ones.
@@ -76,7 +72,7 @@ def batch_norm_relu(
             `create_graph=True`: there is no second derivative.
     """
     _check(x, running_mean, running_var, weight, bias, residual, training)
-    if reference.transforms_active() or (torch.compiler.is_compiling() and not OPAQUE_TO_COMPILER):
+    if reference.transforms_active():
         return reference.batch_norm_relu(
             x, running_mean, running_var, weight, bias,
             residual=residual, training=training, momentum=momentum, eps=eps, relu=relu,

@@ -1,4 +1,4 @@
-"""What batch_norm_relu computes, in plain PyTorch."""
+"""batch_norm_relu in plain PyTorch: the reference."""
 
 import torch
 import torch.nn.functional as F

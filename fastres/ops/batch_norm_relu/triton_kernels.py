@@ -5,8 +5,8 @@ A tensor whose channels fit into one program's registers is read once. Larger on
 by splits of the rows, merged as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for
 computing sample variances" (1979), then the result. All sums are float32 (float64 for float64 inputs), and so are
 momentum and eps, which arrive as float64.
-The passes that reduce go backwards, those that map go forwards: each begins with what the kernel before it, be that
-the convolution that made x, has left in the cache.
+Reductions run from the last row to the first, element-wise passes from the first to the last: each starts on the rows
+that the kernel before it, which may be the convolution that made x, has left in the cache.
 
 A row is the channels of one pixel. Row r of a channels-last tensor starts at r * C and has stride 1; of a
 contiguous one with planes of P pixels it starts at (r // P) * C * P + r % P and has stride P.
@@ -21,30 +21,30 @@ from torch import Tensor
 
 from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, new_statistics, statistics_dtype
 
-# That reduce a tensor: two for each of an H100's multiprocessors, which have the registers for as many at a time.
+# Programs that reduce a tensor: two for each of an H100's multiprocessors, whose registers hold two at a time.
 PROGRAMS = 264
-MERGED_CHANNELS = 8  # by one program: a sector of 32 bytes from each split
-# Of a loop over tiles: two are on their way while a third is worked on. Without it each thread waits for 16 bytes, and
-# all of them together ask for half of what an H100's memory needs to be asked for at a time.
+MERGED_CHANNELS = 8  # of one program that merges: a sector of 32 bytes from each split
+# Software pipelining of a loop over tiles: two are being loaded while a third is computed. Without it a thread waits
+# for each 16 bytes, and all threads together keep half as many bytes in flight as an H100's memory needs.
 STAGES = tl.constexpr(3)
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work is cut into programs: every choice that tuning on a GPU changes."""
+    """The division of the work into programs: every choice that tuning on a GPU changes."""
 
-    once: bool  # one program holds all rows of its channels
+    single_pass: bool  # one program holds all rows of its channels
     block_rows: int
     block_channels: int
-    splits: int  # programs that share the tiles of a channel, when reducing
+    splits: int  # programs that share the tiles of a channel in a reduction
     num_warps: int
 
 
 def tiling(rows: int, channels: int, channels_last: bool) -> Tiling:
     """The tiling for a matrix `[rows, channels]`, chosen by arithmetic and not yet tuned on a GPU."""
-    once_channels = min(16, triton.next_power_of_2(channels))
-    if triton.next_power_of_2(rows) * once_channels <= 16384:
-        return Tiling(True, triton.next_power_of_2(rows), once_channels, 1, 8)
+    few_channels = min(16, triton.next_power_of_2(channels))
+    if triton.next_power_of_2(rows) * few_channels <= 16384:
+        return Tiling(True, triton.next_power_of_2(rows), few_channels, 1, 8)
     block_channels = min(64, triton.next_power_of_2(channels)) if channels_last else 1
     block_rows = 4096 // block_channels
     splits = PROGRAMS // triton.cdiv(channels, block_channels)
@@ -62,8 +62,8 @@ def _offsets(row, channel, plane, channels, channels_last: tl.constexpr):
 
 @triton.jit
 def _tile(rows, channels, plane, channels_last: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr):
-    """Channels of the program's tile, which of them there are, which of its places, and their offsets; tiles come in
-    the order in which channels-last tensors lie in memory."""
+    """The tile's channels, channel mask, element mask and offsets. Tiles follow the memory order of channels-last
+    tensors."""
     across = tl.cdiv(channels, block_channels)
     first_row, first_channel = tl.program_id(0) // across * block_rows, tl.program_id(0) % across * block_channels
     row, channel = first_row + tl.arange(0, block_rows), first_channel + tl.arange(0, block_channels)
@@ -94,7 +94,7 @@ def _normalized(x, residual, offsets, valid, mean, scale, bias, has_residual: tl
 
 @triton.jit
 def _before_relu(dy, centered, y, offsets, valid, scale, bias, has_residual: tl.constexpr, relu: tl.constexpr):
-    """The gradient of what ReLU was applied to; without a residual, the sign of y is recomputed from x."""
+    """The gradient with respect to ReLU's input; without a residual, the sign of y is recomputed from x."""
     if relu:
         if has_residual:
             sign = tl.load(y + offsets, valid, other=0.0).to(dy.dtype)
@@ -106,10 +106,10 @@ def _before_relu(dy, centered, y, offsets, valid, scale, bias, has_residual: tl.
 
 @triton.jit
 def _merged(counts, means, deviations, total):
-    """Mean and sum of squared deviations of a whole from those of its parts."""
+    """Mean and sum of squared deviations of all values from those of the parts."""
     near = tl.sum(means * counts, 0) / total
     delta = means - near[None, :]
-    rest = tl.sum(delta * counts, 0) / total  # what rounding cost the mean, which may be large
+    rest = tl.sum(delta * counts, 0) / total  # the rounding error of the mean, if the mean is large
     rest = tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
     deviations = tl.where(deviations < 0, 0.0, deviations)  # NaN stays NaN
     return near + rest, tl.sum(deviations + delta * delta * counts, 0) - rest * rest * total
@@ -156,7 +156,7 @@ def forward_once(
 
 @triton.jit
 def _tile_from_the_end(i, rows, block_rows: tl.constexpr):
-    """The rows of the i-th tile from the end; negative ones are none."""
+    """The rows of the i-th tile from the end; negative ones are to be masked."""
     return rows - (i + 1) * block_rows + tl.arange(0, block_rows)
 
 
@@ -172,8 +172,8 @@ def split_moments(
     row = _tile_from_the_end(split, rows, block_rows)
     valid = (row >= 0)[:, None] & valid_channel[None, :]
     first = tl.load(x + _offsets(row, channel, plane, channels, channels_last), valid, other=0.0).to(dtype)
-    # Each place of the tile subtracts its first value, lest the sum of squares cancel; an infinite one would turn
-    # infinities into NaN.
+    # Each element of the tile subtracts its first value, or the sum of squares would cancel; but not an infinite one,
+    # which would turn infinities into NaN.
     shift = tl.where(tl.abs(first) < float("inf"), first, 0.0)
     sums = first - shift
     squares = sums * sums
@@ -320,7 +320,7 @@ def input_gradient(
 
 
 class _Launch:
-    """What every kernel needs to know about a tensor."""
+    """The sizes, options and grids of the kernels for a tensor."""
 
     def __init__(self, x: Tensor) -> None:
         self.channels = x.size(1)
@@ -390,7 +390,7 @@ def forward(
         normalize[launch.tile_grid](x, other, *affine, *running, y, *shape, eps, **flags)
         return y, mean, var
     statistics = mean, var, *(running or (mean, var)), momentum
-    if launch.tiling.once:
+    if launch.tiling.single_pass:
         forward_once[launch.channel_grid](
             x, other, *affine, y, *statistics, *shape, eps, has_running=bool(running), **flags
         )
@@ -433,7 +433,7 @@ def backward(
     constants = *_affine_parameters(x, weight, bias), mean.contiguous(), var.contiguous()
     y = x if output is None else dense(output, channels_last)
     shape = launch.rows, launch.channels, launch.plane
-    if launch.tiling.once:
+    if launch.tiling.single_pass:
         backward_once[launch.channel_grid](
             grad, x, y, *constants, dx, dz, dweight, dbias, *shape, eps, training=training, **flags
         )
