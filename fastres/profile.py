@@ -147,7 +147,7 @@ def measure(
     device, dtype = torch.device(defaults.device), AMP_DTYPES[defaults.amp]
     tune_libraries(device.type)
     tuned = "freed memory is kept" if device.type == "cpu" else "cuDNN tries its algorithms"
-    console.print(f"{tuned} for every row: that is a setting of the process, so eager gains from it, too")
+    console.print(f"{tuned} for every row: it is a setting of the process, from which eager gains, too")
     machine = measure_machine(device, dtype)
     console.print(
         f"machine: {machine.flops_per_second / 1e12:.3g} TFLOP/s in {dtype} products, "
@@ -181,7 +181,7 @@ def measure(
     rounds = int(min(max(affordable // least, 1), config.rounds))
     steps = int(min(max(affordable // rounds, least), steps_of_epoch))
     # the loaders are local, because exit hangs on the workers of loaders that are still there
-    loaders: list[ContinuingLoader] = [
+    loaders = [
         ContinuingLoader(planned_loader(candidate.config, dataset, steps_of_epoch), steps) for candidate in candidates
     ]
     loaders.append(RepeatedBatch(first_batch(defaults, dataset), steps))

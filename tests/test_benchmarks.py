@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from torch.autograd import DeviceType
+from triton.runtime import KernelInterface
 
 from fastres.config import DATASET_DEFAULTS, TrainConfig, over_recipe
 from fastres.data.datasets import synthetic
@@ -431,6 +432,13 @@ def test_time_on_a_gpu_is_counted_by_kind_of_kernel():
 )
 def test_kinds_of_kernels(name, kind):
     assert kernel_table.kind(name) == kind
+
+
+def test_the_operators_kernels_are_of_one_kind():
+    kernels = [name for name, value in vars(triton_kernels).items() if isinstance(value, KernelInterface)]
+    kernels = [name for name in kernels if not name.startswith("_")]  # a helper is part of the kernels that call it
+    assert len(kernels) >= 6
+    assert {kernel_table.kind(name) for name in kernels} == {"fused operator"}
 
 
 def test_a_step_on_a_cpu_is_timed_and_broken_down(tiny_vgg11, capsys):
