@@ -30,7 +30,7 @@ def report(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
     """Takes what a benchmark measured, as `rows_of` does."""
     benchmark._mode = "interleaved"  # or pytest-benchmark warns that it has measured nothing itself
 
-    def take(name: str, case: str, images: int | None, device: str, seconds: Mapping[str, np.ndarray]) -> None:
+    def take(name: str, case: str, images: int, device: str, seconds: Mapping[str, np.ndarray]) -> None:
         rows = rows_of(name, case, images, device_name(torch.device(device)), seconds)
         request.config.stash.setdefault(ROWS, []).extend(rows)
 
@@ -62,11 +62,9 @@ def tables(rows: list[Row]) -> Iterator[str]:
     frame = pd.DataFrame(rows)
     spread = (50 * (frame.p80 - frame.p20) / frame.seconds).map(" ±{:.0f}%".format)
     frame["cell"] = (frame.images / frame.seconds).map("{:,.1f}".format) + spread
-    frame.loc[frame.images.isna(), "cell"] = frame.seconds.map("{:.1f} s".format)
     for (benchmark, device), part in frame.groupby(["benchmark", "device"], sort=False):
         table = part.pivot_table("cell", "case", "candidate", aggfunc="last", sort=False)
         if "eager" in table:
             table["x eager"] = part[part.candidate == "eager"].set_index("case").times_as_long.map("{:.2f}".format)
-        unit = "seconds" if part.images.isna().all() else "images/s"
         lines = table.fillna("").rename_axis(index=None, columns=None).to_string().splitlines()
-        yield from ("", f"{benchmark}, {unit}, {device}", *lines)
+        yield from ("", f"{benchmark}, images/s, {device}", *lines)

@@ -1,19 +1,16 @@
 """Images a second of the studies' four models, fastres' defaults against plain PyTorch: the forward pass, a training
-step, and training with the loader; and the seconds of the first step of a compiled model.
+step, and training with the loader.
 
     python -m pytest benchmarks/test_training.py --benchmark-only
 
 `eager` is float32 in NCHW, with PyTorch's own modules, a DataLoader and the profile's plain loop.
-FASTRES_BENCHMARK_BATCH sets the batch size: 128 on a GPU unless it is given, 32 on a CPU, where ResNet-18 stands for
-the others in compiling the training step.
+FASTRES_BENCHMARK_BATCH sets the batch size: 128 on a GPU unless it is given, 32 on a CPU.
 """
 
 import os
-import time
 from dataclasses import replace
 from itertools import count
 
-import numpy as np
 import pytest
 import torch
 
@@ -100,15 +97,3 @@ def test_training(report, name, model, dataset):
 
     candidates = {name: training(config) for name, config in configs.items()}
     report(name, model, BATCH, configs["fastres"].device, seconds_of_a_step(candidates))
-
-
-@pytest.mark.parametrize("model", MODELS if ON_GPU else MODELS[:1])
-def test_compile(report, model, dataset, monkeypatch):
-    """The first training step of a compiled model, with nothing in the compiler's caches."""
-    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
-    torch.compiler.reset()
-    config = replace(settings(model, dataset)["fastres"], compile=True)
-    trainer, step = create_trainer(config, dataset), RepeatedBatch(first_batch(config, dataset), 1)
-    start = time.perf_counter()
-    train(trainer, step)
-    report("first compiled step", model, None, config.device, {"fastres": np.array([time.perf_counter() - start])})

@@ -28,8 +28,8 @@ def as_cuda_graph(run: Callable[[], object], pool: object = None) -> Callable[[]
     return graph.replay
 
 
-def rows_of(benchmark: str, case: str, images: int | None, device: str, seconds: Mapping[str, np.ndarray]) -> list[Row]:
-    """A row for each candidate of `seconds`, `[rounds]`, of a pass over `images`; None where no rate is meant.
+def rows_of(benchmark: str, case: str, images: int, device: str, seconds: Mapping[str, np.ndarray]) -> list[Row]:
+    """A row for each candidate of `seconds`, `[rounds]`, of a pass over `images`.
 
     `seconds`, `p20` and `p80` are the median and percentiles of the rounds, and `times_as_long` is the median of the
     candidate's seconds over those of the first candidate in the same round.
