@@ -37,7 +37,7 @@ ROUNDS = {"cuda": 15, "cpu": 3}
 PROFILED_STEPS = 5
 KERNELS = 40  # rows of the second table
 KINDS = {  # by a kernel's name: the first that fits
-    "fused operator": r"^(split_|merge_|normalize|input_gradient|\w+_once)|fastres::|BatchNormReLU",
+    "fused operator": r"^(split_|normalize|input_gradient|\w+_once)|fastres::|BatchNormReLU",
     "fused by Inductor": r"^triton_(red|per|poi)_|CompiledFxGraph",
     "copies and casts": r"[Cc]opy|[Cc]ast|Mem(cpy|set)|nchwToNhwc|nhwcToNchw|fill|aten::(to|empty|zero)",
     "optimizer": r"multi_tensor|_foreach|_fused_|[Ss][Gg][Dd]|[Aa]dam",

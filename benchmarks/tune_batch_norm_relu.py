@@ -50,10 +50,12 @@ def under(tiling: triton_kernels.Tiling, run: Callable[[], object], pool: object
     """`run` captured with the operator's kernels under this tiling."""
     choose = triton_kernels.tiling
     triton_kernels.tiling = lambda *_: tiling
+    triton_kernels.launcher.cache_clear()
     try:
         return as_cuda_graph(run, pool)
     finally:
         triton_kernels.tiling = choose
+        triton_kernels.launcher.cache_clear()
 
 
 def main(path: Path) -> None:

@@ -1,7 +1,7 @@
 // The CPU kernels of fastres::batch_norm_relu and fastres::batch_norm_relu_backward;
 // fastres/ops/batch_norm_relu says what they compute. Both are bound by memory: forward reads x twice and
-// writes y once, backward reads dy and x twice and writes dx once (and, with a residual, reads y and writes
-// its gradient dz once).
+// writes y once, backward reads dy and x twice and writes dx once (and, with a residual, reads y and, if there
+// is one, a second gradient, and writes the residual's gradient dz once).
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -49,9 +49,9 @@ struct Kernels {
   // [has residual][relu]
   void (*normalize[2][2])(int64_t rows, int64_t columns, Affine<T>, const T* x, const T* residual, T* y,
                           bool streamed);
-  // [mask]
-  void (*reduce[3])(int64_t rows, int64_t columns, Affine<T>, const T* dy, const T* x, const T* y, T* dz,
-                    Acc<T>* sum, Acc<T>* products, bool streamed);
+  // [mask]; the last is from y, with two gradients
+  void (*reduce[4])(int64_t rows, int64_t columns, Affine<T>, const T* dy, const T* twin_dy, const T* x,
+                    const T* y, T* dz, Acc<T>* sum, Acc<T>* products, bool streamed);
   // [mask], which is from x or none
   void (*input_gradient[2])(int64_t rows, int64_t columns, Affine<T>, const T* dy, const T* x,
                             const Acc<T>* slope, const Acc<T>* offset, T* dx, bool streamed);
@@ -319,6 +319,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input,
                                                        const std::optional<at::Tensor>& bias,
                                                        const std::optional<at::Tensor>& running_mean,
                                                        const std::optional<at::Tensor>& running_var,
+                                                       const std::optional<at::Tensor>& num_batches_tracked,
                                                        bool training, double momentum, double eps,
                                                        bool relu) {
   check(input, residual, {weight, bias, running_mean, running_var});
@@ -330,6 +331,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input,
   const auto w = in_type(weight, options), b = in_type(bias, options);
   const auto y = at::empty_like(x);
   const auto mean = at::empty({training ? x.size(1) : 0}, options), var = at::empty_like(mean);
+  if (training && num_batches_tracked) num_batches_tracked->add_(1);
   if (x.numel() == 0) return {y, mean.zero_(), var.zero_()};
   const auto used_mean = training ? mean : *in_type(running_mean, options);
   const auto used_var = training ? var : *in_type(running_var, options);
@@ -368,13 +370,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input,
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
-    const at::Tensor& grad, const at::Tensor& input, const std::optional<at::Tensor>& output,
+    const at::Tensor& grad, const std::optional<at::Tensor>& twin_grad, const at::Tensor& input,
+    const std::optional<at::Tensor>& output,
     const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, const at::Tensor& mean,
     const at::Tensor& var, bool training, double eps, bool relu) {
   check(input, output, {weight, bias, mean, var});
   check(input, grad, {});
+  check(input, twin_grad, {});
+  TORCH_CHECK(!twin_grad || (output && relu), "a second gradient needs a residual and ReLU");
   const bool channels_last = input.stride(1) == 1;
   const auto x = dense(input, channels_last), dy = dense(grad, channels_last);
+  const auto twin_dy = twin_grad ? std::optional(dense(*twin_grad, channels_last)) : std::nullopt;
   const auto y = output ? std::optional(dense(*output, channels_last)) : std::nullopt;
   const auto options = x.options().dtype(at::toOpMathType(x.scalar_type()));
   const auto w = in_type(weight, options), b = in_type(bias, options);
@@ -393,12 +399,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     auto* const dweights = dweight.mutable_data_ptr<Acc<T>>();
     auto* const dbiases = dbias.mutable_data_ptr<Acc<T>>();
     const T* const dys = dy.const_data_ptr<T>();
+    const T* const twin_dys = data_or_null<T>(twin_dy);
     const T* const xs = x.const_data_ptr<T>();
     const T* const ys = data_or_null<T>(y);
     T* const dzs = dz.mutable_data_ptr<T>();
     T* const dxs = dx.mutable_data_ptr<T>();
     const Mask mask = !relu ? Mask::none : ys ? Mask::from_y : Mask::from_x;
-    const auto reduce = kernels<T>().reduce[static_cast<int>(mask)];
+    const auto reduce = kernels<T>().reduce[twin_dys ? 3 : static_cast<int>(mask)];
     const auto input_gradient = kernels<T>().input_gradient[mask == Mask::from_x];
     const T* const gradients = mask == Mask::from_y ? dzs : dys;
     const bool past_cache = streamed({dx, dz}, channels_last);
@@ -410,8 +417,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
       Sums<T> sums(slab);
       slab.for_blocks(false, [&](int64_t thread, int64_t at, int64_t rows, int64_t columns) {
         sums.add(thread, columns, [&](Acc<T>* sum, Acc<T>* products) {
-          reduce(rows, columns, {center, scale, offset}, dys + at, xs + at, ys ? ys + at : nullptr, dzs + at,
-                 sum, products, past_cache);
+          reduce(rows, columns, {center, scale, offset}, dys + at, twin_dys ? twin_dys + at : nullptr, xs + at,
+                 ys ? ys + at : nullptr, dzs + at, sum, products, past_cache);
         });
       });
       const double count = slab.rows();

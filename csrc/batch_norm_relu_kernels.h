@@ -237,10 +237,11 @@ void normalize(int64_t rows, int64_t columns, Affine<T> affine, const T* x, cons
 }
 
 // dz = dy where y > 0, and the sums of dz and dz * (x - mean). With a residual the mask is y's and dz is
-// stored, being the residual's gradient; without one y's sign is recomputed from x, which is read anyway.
-template <class T, Mask mask>
-void reduce(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const T* x, const T* y, T* dz,
-            Acc<T>* sum, Acc<T>* products, bool streamed) {
+// stored, being the residual's gradient, and dy may be the sum of two gradients; without one y's sign is
+// recomputed from x, which is read anyway.
+template <class T, Mask mask, bool has_twin>
+void reduce(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const T* twin_dy, const T* x,
+            const T* y, T* dz, Acc<T>* sum, Acc<T>* products, bool streamed) {
   const int64_t ahead = prefetch_distance<T>(columns);
   clear<T>(columns, sum, products);
   for_rows(rows, [&](int64_t row, auto group) INLINE_LAMBDA {
@@ -254,6 +255,7 @@ void reduce(int64_t rows, int64_t columns, Affine<T> affine, const T* dy, const 
         const int64_t at = (row + i) * columns + c;
         const auto centered = load(x + at, count, ahead) - mean;
         auto gradient = load(dy + at, count, ahead);
+        if constexpr (has_twin) gradient = gradient + load(twin_dy + at, count, ahead);
         if constexpr (mask == Mask::from_x)
           gradient = Wide<T>::where_positive(centered * scale + bias, gradient);
         if constexpr (mask == Mask::from_y) {
@@ -301,7 +303,8 @@ Kernels<T> kernels() {
           moments<T>,
           {{normalize<T, false, false>, normalize<T, false, true>},
            {normalize<T, true, false>, normalize<T, true, true>}},
-          {reduce<T, Mask::none>, reduce<T, Mask::from_x>, reduce<T, Mask::from_y>},
+          {reduce<T, Mask::none, false>, reduce<T, Mask::from_x, false>, reduce<T, Mask::from_y, false>,
+           reduce<T, Mask::from_y, true>},
           {input_gradient<T, Mask::none>, input_gradient<T, Mask::from_x>}};
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from fastres import ops
-from fastres.ops.batch_norm_relu import reference, refuse_create_graph
+from fastres.ops.batch_norm_relu import batch_norm_relu_twin, reference, refuse_create_graph
 from fastres.ops.batch_norm_relu.reference import transforms_active
 
 __all__ = ["BatchNormReLU2d", "EagerBatchNormReLU2d", "PointwiseConv2d", "SyncBatchNormReLU2d"]
@@ -31,12 +31,15 @@ class BatchNormReLU2d(nn.BatchNorm2d):
             that rebuild a norm as a plain one, or fold it into a convolution, read it, and would lose the ReLU.
 
     Shape: `x` and `residual` `[N, C, H, W]`; the output too, in the type of `x`, to which the residual is converted.
+    With `twin`, while training, the output is two tensors of one memory, for the next block's branch and shortcut: the
+    backward pass then adds their gradients as it reads them.
 
     Raises:
         ValueError: as `torch.nn.BatchNorm2d` and `fastres.ops.batch_norm_relu` do.
     """
 
     _function: Callable[..., Tensor] = staticmethod(ops.batch_norm_relu)
+    _twin_function: Callable[..., tuple[Tensor, Tensor]] | None = staticmethod(batch_norm_relu_twin)
 
     def __init__(self, num_features: int, *args: Any, relu: bool = True, **kwargs: Any) -> None:
         super().__init__(num_features, *args, **kwargs)
@@ -62,17 +65,19 @@ class BatchNormReLU2d(nn.BatchNorm2d):
     def __prepare_scriptable__(self) -> None:
         refuse_script(self)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, twin: bool = False) -> Any:
         if isinstance(x, Proxy):
             return fx_node(self, x, residual)
         self._check_input_dim(x)
+        counter = self.num_batches_tracked if self.track_running_stats else None
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the cumulative average
-                momentum = 1 / float(self.num_batches_tracked)
+        if self.training and self.momentum is None and counter is not None:  # the cumulative average
+            momentum = 1 / float(counter + 1)
         use_running = not self.training or self.track_running_stats
-        return self._function(
+        function: Callable[..., Any] = self._function
+        if twin and self._twin_function and self.training and torch.is_grad_enabled() and not transforms_active():
+            function = self._twin_function
+        return function(
             x,
             self.running_mean if use_running else None,
             self.running_var if use_running else None,
@@ -83,6 +88,7 @@ class BatchNormReLU2d(nn.BatchNorm2d):
             momentum=momentum,
             eps=self.epsilon,
             relu=self.relu,
+            num_batches_tracked=counter,
         )
 
     def extra_repr(self) -> str:
@@ -96,6 +102,7 @@ class EagerBatchNormReLU2d(BatchNormReLU2d):
     """`BatchNormReLU2d` in plain PyTorch operators: what the fused one is compared with."""
 
     _function = staticmethod(reference.batch_norm_relu)
+    _twin_function = None
 
 
 class SyncBatchNormReLU2d(BatchNormReLU2d):
@@ -104,6 +111,8 @@ class SyncBatchNormReLU2d(BatchNormReLU2d):
     That is what `torch.nn.SyncBatchNorm` is to `BatchNorm2d`, on the CPU, too. Without a process group, and in
     evaluation, it is `BatchNormReLU2d`.
     """
+
+    _twin_function = None
 
     @staticmethod
     def _function(
@@ -121,6 +130,8 @@ class SyncBatchNormReLU2d(BatchNormReLU2d):
                 "SyncBatchNormReLU2d does not train under torch.func or forward-mode AD: use BatchNormReLU2d there"
             )
         residual, momentum, eps, relu = (options[name] for name in ("residual", "momentum", "eps", "relu"))
+        if options["num_batches_tracked"] is not None:
+            options["num_batches_tracked"].add_(1)
         y, mean, var, count = _SyncBatchNormReLU.apply(x, residual, weight, bias, eps, relu)
         if running_mean is not None and running_var is not None:
             running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
@@ -134,7 +145,7 @@ class _SyncBatchNormReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, relu):  # type: ignore[no-untyped-def]
         # faster than torch.var_mean, and without a float32 copy
-        _, mean, var = torch.ops.fastres.batch_norm_relu(x, None, None, None, None, None, True, 0.0, eps, False)
+        _, mean, var = torch.ops.fastres.batch_norm_relu(x, *[None] * 6, True, 0.0, eps, False)
         own = torch.cat([mean.new_full((1,), x.numel() // x.size(1)), mean, var])
         all_own = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(all_own, own)
@@ -155,7 +166,7 @@ class _SyncBatchNormReLU(torch.autograd.Function):
         refuse_create_graph()
         x, output, weight, bias, mean, var, count = ctx.saved_tensors
         dx, dz, dweight, dbias = torch.ops.fastres.batch_norm_relu_backward(
-            grad, x, output, weight, bias, mean, var, *ctx.options
+            grad, None, x, output, weight, bias, mean, var, *ctx.options
         )
         sums = torch.cat([dbias, dweight])
         dist.all_reduce(sums)

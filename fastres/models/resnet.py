@@ -11,6 +11,7 @@ from torch import nn
 from fastres.nn import PointwiseConv2d
 
 NormLayer = Callable[..., nn.BatchNorm2d]
+Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 class BasicBlock(nn.Module):
@@ -26,9 +27,10 @@ class BasicBlock(nn.Module):
         self.bn2 = norm_layer(channels)
         self.downsample = projection(in_channels, channels, stride, norm_layer)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> Output:
         out = self.bn1(self.conv1(x))
-        return self.bn2(self.conv2(out), residual=self.downsample(x))
+        residual = self.downsample(x if shortcut is None else shortcut)
+        return self.bn2(self.conv2(out), residual, twin=shortcut is not None)
 
 
 class Bottleneck(nn.Module):
@@ -47,10 +49,11 @@ class Bottleneck(nn.Module):
         self.bn3 = norm_layer(out_channels)
         self.downsample = projection(in_channels, out_channels, stride, norm_layer)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> Output:
         out = self.bn1(self.conv1(x))
         out = self.bn2(self.conv2(out))
-        return self.bn3(self.conv3(out), residual=self.downsample(x))
+        residual = self.downsample(x if shortcut is None else shortcut)
+        return self.bn3(self.conv3(out), residual, twin=shortcut is not None)
 
 
 def projection(in_channels: int, out_channels: int, stride: int, norm_layer: NormLayer) -> nn.Module:
@@ -60,6 +63,21 @@ def projection(in_channels: int, out_channels: int, stride: int, norm_layer: Nor
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm_layer(out_channels, relu=False)
     )
+
+
+class Stage(nn.Sequential):
+    """Residual blocks of one resolution.
+
+    While training, the fused norm that ends a block gives its output twice, for the next block's branch and shortcut;
+    a forward hook on a block sees both.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x
+        for block in self:
+            output = block(x, shortcut)
+            x, shortcut = output if isinstance(output, tuple) else (output, output)
+        return x
 
 
 class ResNet(nn.Module):
@@ -78,9 +96,9 @@ class ResNet(nn.Module):
         self.bn1 = norm_layer(64)
         wide = block.expansion
 
-        def stage(in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:
+        def stage(in_channels: int, channels: int, num_blocks: int, stride: int) -> Stage:
             rest = (block(channels * wide, channels, 1, norm_layer) for _ in range(num_blocks - 1))
-            return nn.Sequential(block(in_channels, channels, stride, norm_layer), *rest)
+            return Stage(block(in_channels, channels, stride, norm_layer), *rest)
 
         self.layer1 = stage(64, 64, layers[0], stride=1)
         self.layer2 = stage(64 * wide, 128, layers[1], stride=2)

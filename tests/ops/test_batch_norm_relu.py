@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from fastres.ops import batch_norm_relu
-from fastres.ops.batch_norm_relu import reference
+from fastres.ops.batch_norm_relu import batch_norm_relu_twin, reference
 
+two_outputs = partial(batch_norm_relu_twin, training=True, momentum=0.1, eps=1e-5, relu=True, num_batches_tracked=None)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAYOUTS = ["channels_last", "contiguous", "strided"]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -155,15 +157,17 @@ class TestRegistration:
             t.requires_grad_(requires_grad)
         residual = residual if has_residual else None
         options = training, 1e-5, True
-        arguments = x, residual, weight, bias, *running, training, 0.1, *options[1:]
+        batches = torch.tensor(0, device=device)
+        arguments = x, residual, weight, bias, *running, batches, training, 0.1, *options[1:]
         torch.library.opcheck(torch.ops.fastres.batch_norm_relu.default, arguments)
+        torch.library.opcheck(torch.ops.fastres.batch_norm_relu_twin.default, arguments)
         with torch.no_grad():
             y, mean, var = torch.ops.fastres.batch_norm_relu(*arguments)
         if not training:
             mean, var = running
         torch.library.opcheck(
             torch.ops.fastres.batch_norm_relu_backward.default,
-            (grad, *(t.detach() for t in (x, y)), None, bias.detach(), mean, var, *options),
+            (grad, grad, *(t.detach() for t in (x, y)), None, bias.detach(), mean, var, *options),
         )
 
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -200,6 +204,20 @@ class TestRegistration:
         compiled = torch.compile(batch_norm_relu, fullgraph=True)
         assert_close(run(compiled, *arguments), run(batch_norm_relu, *arguments), 1e-5)
 
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_twin_compiled(self, device):
+        torch.compiler.reset()
+        x, residual, grad, twin_grad = (tensor((4, 16, 6, 6), device=device) for _ in range(4))
+        affine = parameters(16, device=device)[:2]
+
+        def loss(x):
+            y, twin = two_outputs(x, None, None, *affine, residual=residual)
+            return (y * grad + twin * twin_grad).sum()
+
+        x.requires_grad_()
+        grads = [torch.autograd.grad(f(x), x)[0] for f in (torch.compile(loss, fullgraph=True), loss)]
+        torch.testing.assert_close(*grads)
+
     def test_layout_of_the_result(self):
         for layout in ("channels_last", "contiguous"):
             x = tensor((2, 3, 4, 5), layout).requires_grad_()
@@ -209,6 +227,32 @@ class TestRegistration:
 
 
 class TestAutograd:
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("shape", [(4, 8, 5, 5), (9, 40, 91, 65)], ids=str)
+    @pytest.mark.parametrize("has_residual", [True, False])
+    @pytest.mark.parametrize("used", ["both", "first", "second"])
+    def test_two_outputs_of_one_memory(self, device, dtype, shape, has_residual, used):
+        torch.manual_seed(0)
+        x, residual, grad, other = (tensor(shape, layout, dtype, device) for layout in LAYOUTS[:2] * 2)
+        affine = parameters(shape[1], dtype, device)
+        # of so many results, none may be within rounding of 0
+        residual = 16 * residual.sign() if has_residual else None
+        if residual is None:
+            affine[1].copy_(16 * affine[1].sign())
+
+        weights = {"both": grad + other, "first": grad, "second": other}[used]
+        arguments = x, residual, affine
+        expected = run(reference.batch_norm_relu, *arguments, weights, dtype=torch.float64)
+        leaves = [t if t is None else t.detach().requires_grad_() for t in (x, residual, *affine[:2])]
+        running = [t.clone() for t in affine[2:]]
+        y, twin = two_outputs(leaves[0], *running, *leaves[2:], residual=leaves[1])
+        assert y.data_ptr() == twin.data_ptr()
+        outputs = [(y, grad), (twin, other)][{"both": slice(2), "first": slice(1), "second": slice(1, 2)}[used]]
+        given = [t for t in leaves if t is not None]
+        grads = torch.autograd.grad([y for y, _ in outputs], given, [g for _, g in outputs])
+        assert_close([y.detach(), *running, *grads], expected, TOLERANCE[dtype])
+
     def test_one_tensor_as_input_and_residual(self):
         x = tensor((4, 8, 5, 5)).requires_grad_()
         same = batch_norm_relu(x, None, None, residual=x)

@@ -42,11 +42,17 @@ def test_agrees_with_float64(shape, dtype, channels_last, has_residual, relu, tr
     weight, bias, running_mean = torch.randn(3, shape[1], dtype=statistics).unbind()
     running_var = torch.rand(shape[1], dtype=statistics) + 0.5
     running = running_mean.clone(), running_var.clone()
-    y, mean, var = triton_kernels.forward(x, residual, weight, bias, *running, training, 0.3, 1e-5, relu)
+    batches = torch.tensor(4)
+    y, mean, var = triton_kernels.forward(x, residual, weight, bias, *running, batches, training, 0.3, 1e-5, relu)
     if not training:
         mean, var = running
     output = y if has_residual and relu else None
-    dx, dz, dweight, dbias = triton_kernels.backward(grad, x, output, weight, bias, mean, var, training, 1e-5, relu)
+    twin_grad = None if output is None else activation(memory_format)
+    dx, dz, dweight, dbias = triton_kernels.backward(
+        grad, twin_grad, x, output, weight, bias, mean, var, training, 1e-5, relu
+    )
+    if twin_grad is not None:
+        grad = grad.double() + twin_grad.double()
 
     leaves = [t if t is None else t.double().requires_grad_() for t in (x, residual, weight, bias)]
     expected, expected_mean, expected_var = reference(
@@ -63,6 +69,7 @@ def test_agrees_with_float64(shape, dtype, channels_last, has_residual, relu, tr
     close(y, expected, tolerance)
     close(mean, expected_mean)
     close(var, expected_var)
+    assert batches == (5 if training else 4)
     if training:
         assert running[0]._version == running[1]._version == 1
         rows = x.numel() / shape[1]
@@ -82,7 +89,7 @@ def test_agrees_with_float64(shape, dtype, channels_last, has_residual, relu, tr
 def test_large_mean_and_small_variance(shape, std):
     torch.manual_seed(0)
     x = (torch.randn(shape) * std + 1e4).to(memory_format=torch.channels_last)
-    _, mean, var = triton_kernels.forward(x, None, None, None, None, None, True, 0.1, 1e-5, True)
+    _, mean, var = triton_kernels.forward(x, *[None] * 6, True, 0.1, 1e-5, True)
     torch.testing.assert_close(mean.double(), x.double().mean([0, 2, 3]), rtol=1e-7, atol=0)
     torch.testing.assert_close(var.double(), x.double().var([0, 2, 3], correction=0), rtol=1e-3, atol=1e-12)
 
@@ -92,7 +99,7 @@ def test_large_mean_and_small_variance(shape, std):
 def test_what_is_not_finite_stays_in_its_channel(shape, value):
     x = torch.randn(shape)
     x[0, 1, 0, 0] = value
-    y, mean, _ = triton_kernels.forward(x, None, None, None, None, None, True, 0.1, 1e-5, True)
+    y, mean, _ = triton_kernels.forward(x, *[None] * 6, True, 0.1, 1e-5, True)
     assert y[:, 1].isnan().all()
     torch.testing.assert_close(mean, x.mean([0, 2, 3]), equal_nan=True)
     assert y[:, [0, 2]].isfinite().all()

@@ -7,6 +7,7 @@ The schemas, shape functions and autograd are here; csrc/batch_norm_relu.cpp hol
 triton_kernels.py those for CUDA.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,20 +16,24 @@ from torch import Tensor
 from fastres.ops.batch_norm_relu import reference
 from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, new_statistics
 
-__all__ = ["batch_norm_relu"]
+__all__ = ["batch_norm_relu", "batch_norm_relu_twin"]
 
 library = torch.library.Library("fastres", "FRAGMENT")
 # When training, mean and var are those of x, the variance biased, and the running ones move towards them, the
-# variance unbiased. In evaluation mean and var are empty, and x is normalised with the running ones.
-library.define(
-    "batch_norm_relu(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
-    " Tensor(b!)? running_var, bool training, float momentum, float eps, bool relu)"
-    " -> (Tensor y, Tensor mean, Tensor var)"
+# variance unbiased; num_batches_tracked goes up by one. In evaluation mean and var are empty, and x is normalised with
+# the running ones.
+ARGUMENTS = (
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
+    " Tensor(c!)? num_batches_tracked, bool training, float momentum, float eps, bool relu)"
 )
-# Mean and var are those that x was normalised with. The output is passed if there was a residual and ReLU was applied.
-# The gradient before ReLU, dz, is then the residual's, too; otherwise it is empty.
+library.define(f"batch_norm_relu{ARGUMENTS} -> (Tensor y, Tensor mean, Tensor var)")
+# Outputs that share memory are none that a kernel may have: this one is made of the other operator, above autograd.
+library.define(f"batch_norm_relu_twin{ARGUMENTS} -> (Tensor y, Tensor mean, Tensor var, Tensor twin)")
+# Mean and var are those that x was normalised with. The output is passed if there was a residual and ReLU was applied;
+# the gradient before ReLU, dz, is then the residual's, too, and otherwise it is empty. Only then may there be a second
+# gradient of the output, which is added to the first.
 library.define(
-    "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor? output, Tensor? weight, Tensor? bias,"
+    "batch_norm_relu_backward(Tensor grad, Tensor? twin_grad, Tensor x, Tensor? output, Tensor? weight, Tensor? bias,"
     " Tensor mean, Tensor var, bool training, float eps, bool relu)"
     " -> (Tensor dx, Tensor dz, Tensor dweight, Tensor dbias)"
 )
@@ -46,6 +51,7 @@ def batch_norm_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     relu: bool = True,
+    num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`, then `+ residual`, then ReLU, in two passes over `x`.
 
@@ -61,6 +67,7 @@ def batch_norm_relu(
         momentum: the weight of the new statistics in the running ones.
         eps: added to the variance.
         relu: apply ReLU.
+        num_batches_tracked: int64 scalar, or None. Incremented in place when training.
 
     Returns:
         The shape, type and layout of `x`.
@@ -71,19 +78,30 @@ def batch_norm_relu(
         RuntimeError: on the CPU if the C++ extension has not been built; in a backward pass with
             `create_graph=True`: there is no second derivative.
     """
-    _check(x, running_mean, running_var, weight, bias, residual, training)
+    arguments = _arguments(
+        x, running_mean, running_var, weight, bias, residual, training, momentum, eps, relu, num_batches_tracked
+    )
     if reference.transforms_active():
         return reference.batch_norm_relu(
             x, running_mean, running_var, weight, bias,
             residual=residual, training=training, momentum=momentum, eps=eps, relu=relu,
+            num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
-    y, _, _ = torch.ops.fastres.batch_norm_relu(
-        x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu
-    )
+    y, _, _ = torch.ops.fastres.batch_norm_relu(*arguments)
     return y
 
 
-def _check(
+def batch_norm_relu_twin(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """`batch_norm_relu(...)` as two tensors of one memory, for the two places where a residual block's output is used.
+
+    The backward pass reads the gradients of both and adds them as it goes, where autograd would first add them in a
+    pass of its own. All arguments are to be given; it does not work under the transforms of `torch.func`.
+    """
+    y, _, _, twin = torch.ops.fastres.batch_norm_relu_twin(*_arguments(*args, **options))
+    return y, twin
+
+
+def _arguments(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -91,7 +109,12 @@ def _check(
     bias: Tensor | None,
     residual: Tensor | None,
     training: bool,
-) -> None:
+    momentum: float,
+    eps: float,
+    relu: bool,
+    num_batches_tracked: Tensor | None,
+) -> tuple[Any, ...]:
+    """The operator's arguments, checked. Raises ValueError."""
     if x.dim() < 2:
         raise ValueError(f"expected an input of shape [N, C, ...], got {tuple(x.shape)}")
     if training and x.numel() == x.size(1):
@@ -107,6 +130,7 @@ def _check(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(x.shape[1:2])}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}, the input {x.dtype} {tuple(x.shape)}")
+    return x, residual, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, relu
 
 
 @torch.library.register_fake("fastres::batch_norm_relu", lib=library)
@@ -117,6 +141,7 @@ def _(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
     training: bool,
     *_: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +149,9 @@ def _(
 
 
 @torch.library.register_fake("fastres::batch_norm_relu_backward", lib=library)
-def _(grad: Tensor, x: Tensor, output: Tensor | None, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, twin_grad: Tensor | None, x: Tensor, output: Tensor | None, *_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx = torch.empty_like(dense(x, is_channels_last(x)))
     dz = x.new_empty(0) if output is None else torch.empty_like(dx)
     return dx, dz, *new_statistics(x)
@@ -143,38 +170,44 @@ class _BatchNormReLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, *options):  # type: ignore[no-untyped-def]
+    def forward(ctx, twin, x, residual, weight, bias, *options):  # type: ignore[no-untyped-def]
         with torch._C._AutoDispatchBelowAutograd():
             y, mean, var = torch.ops.fastres.batch_norm_relu.default(x, residual, weight, bias, *options)
-        running_mean, running_var, training, _momentum, eps, relu = options
+        running_mean, running_var, _num_batches_tracked, training, _momentum, eps, relu = options
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         ctx.has_residual = residual is not None
         statistics = (mean, var) if training else (running_mean, running_var)
         ctx.save_for_backward(x, y if ctx.has_residual and relu else None, weight, bias, *statistics)
         ctx.options = training, eps, relu
-        return y, mean, var
+        return y, mean, var, *([y.detach()] if twin else [])
 
     @staticmethod
-    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad, _mean, _var, twin_grad=None):  # type: ignore[no-untyped-def]
         refuse_create_graph()
         if grad is None:
-            return (None,) * 10
+            grad, twin_grad = twin_grad, None
+        if grad is None:
+            return (None,) * 12
         x, output, weight, bias, mean, var = ctx.saved_tensors
+        if output is None and twin_grad is not None:
+            grad, twin_grad = grad + twin_grad, None
         dx, dz, dweight, dbias = torch.ops.fastres.batch_norm_relu_backward.default(
-            grad, x, output, weight, bias, mean, var, *ctx.options
+            grad, twin_grad, x, output, weight, bias, mean, var, *ctx.options
         )
         return (
+            None,
             dx,
             (grad if output is None else dz) if ctx.has_residual else None,
             None if weight is None else dweight.to(weight.dtype),
             None if bias is None else dbias.to(bias.dtype),
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
 # Not torch.library.register_autograd: with it, a call and its backward took 16 us longer (51 instead of 35).
-library.impl("batch_norm_relu", _BatchNormReLU.apply, "Autograd")
+library.impl("batch_norm_relu", partial(_BatchNormReLU.apply, False), "Autograd")
+library.impl("batch_norm_relu_twin", partial(_BatchNormReLU.apply, True), "Autograd")
 
 
 def _cuda_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:

@@ -18,9 +18,12 @@ def batch_norm_relu(
     momentum: float = 0.1,
     eps: float = 1e-5,
     relu: bool = True,
+    num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """The same arguments and result as `fastres.ops.batch_norm_relu`, one PyTorch operator after another, the last two
     in place, as in torchvision's models."""
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:  # vmap over the residual only cannot add in place to the one y
         y = y + residual if transforms_active() else y.add_(residual)

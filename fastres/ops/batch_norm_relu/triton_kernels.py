@@ -2,9 +2,9 @@
 """batch_norm_relu for CUDA, in Triton.
 
 A tensor whose channels fit into one program's registers is read once. Larger ones take two passes: statistics
-by splits of the rows, merged as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for
-computing sample variances" (1979), then the result. All sums are float32 (float64 for float64 inputs), and so are
-momentum and eps, which arrive as float64.
+by splits of the rows, which the last program to finish merges as in Chan, Golub and LeVeque, "Updating formulae and a
+pairwise algorithm for computing sample variances" (1979), then the result. All sums are float32 (float64 for float64
+inputs), and so are momentum and eps, which arrive as float64.
 Reductions run from the last row to the first, element-wise passes from the first to the last: each starts on the rows
 that the kernel before it, which may be the convolution that made x, has left in the cache.
 
@@ -12,7 +12,10 @@ A row is the channels of one pixel. Row r of a channels-last tensor starts at r 
 contiguous one with planes of P pixels it starts at (r // P) * C * P + r % P and has stride P.
 """
 
+import functools
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -23,7 +26,6 @@ from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, new_stat
 
 # Programs that reduce a tensor: two for each of an H100's multiprocessors, whose registers hold two at a time.
 PROGRAMS = 264
-MERGED_CHANNELS = 8  # of one program that merges: a sector of 32 bytes from each split
 # Software pipelining of a loop over tiles: two are being loaded while a third is computed. Without it a thread waits
 # for each 16 bytes, and all threads together keep half as many bytes in flight as an H100's memory needs.
 STAGES = tl.constexpr(3)
@@ -93,6 +95,14 @@ def _normalized(x, residual, offsets, valid, mean, scale, bias, has_residual: tl
 
 
 @triton.jit
+def _gradient(grad, twin_grad, offsets, valid, has_twin: tl.constexpr, dtype: tl.constexpr):
+    dy = tl.load(grad + offsets, valid, other=0.0).to(dtype)
+    if has_twin:
+        dy += tl.load(twin_grad + offsets, valid, other=0.0).to(dtype)
+    return dy
+
+
+@triton.jit
 def _before_relu(dy, centered, y, offsets, valid, scale, bias, has_residual: tl.constexpr, relu: tl.constexpr):
     """The gradient with respect to ReLU's input; without a residual, the sign of y is recomputed from x."""
     if relu:
@@ -116,11 +126,31 @@ def _merged(counts, means, deviations, total):
 
 
 @triton.jit
+def _is_last(arrived, splits):
+    """Whether all other programs of the same channels have been here; what they have stored can then be loaded."""
+    tl.debug_barrier()  # all threads of this program have stored
+    last = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel", scope="gpu") == splits - 1
+    if last:
+        tl.store(arrived + tl.program_id(0), 0)  # for the next launch
+    return last
+
+
+@triton.jit
+def _load_parts(parts, split, splits, channel, channels):
+    """`[splits, channels]`, past the L1 cache, which does not see what other programs store."""
+    valid = (split < splits)[:, None] & (channel < channels)[None, :]
+    return tl.load(parts + split[:, None] * channels + channel[None, :], valid, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
 def _store_statistics(
-    channel, valid, mean_c, var_c, mean, var, running_mean, running_var, momentum, rows, has_running: tl.constexpr
-):
+    channel, valid, mean_c, var_c, mean, var, running_mean, running_var, num_batches, rows, momentum,
+    has_running: tl.constexpr, has_counter: tl.constexpr,
+):  # fmt: skip
     tl.store(mean + channel, mean_c, valid)
     tl.store(var + channel, var_c, valid)
+    if has_counter and tl.program_id(0) == 0:
+        tl.store(num_batches, tl.load(num_batches) + 1)
     if has_running:
         momentum, rows = tl.full([1], momentum, mean_c.dtype), tl.full([1], rows, mean_c.dtype)
         old_mean = tl.load(running_mean + channel, valid, other=0.0)
@@ -134,10 +164,10 @@ def _store_statistics(
 
 @triton.jit
 def forward_once(
-    x, residual, weight, bias, y, mean, var, running_mean, running_var, momentum: tl.float64,
-    rows, channels, plane, eps: tl.float64,
-    channels_last: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, has_running: tl.constexpr,
-    dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
+    x, residual, weight, bias, y, mean, var, running_mean, running_var, num_batches,
+    rows, channels, plane, eps: tl.float64, momentum: tl.float64,
+    has_residual: tl.constexpr, relu: tl.constexpr, has_running: tl.constexpr, has_counter: tl.constexpr,
+    channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """y and all statistics of all rows of a block of channels; x is read once."""
     channel, valid_channel, valid, offsets = _tile(rows, channels, plane, channels_last, block_rows, block_channels)
@@ -145,8 +175,9 @@ def forward_once(
     mean_c, deviation_c = _merged(valid.to(dtype), values, tl.zeros_like(values), rows)
     var_c = deviation_c / rows
     _store_statistics(
-        channel, valid_channel, mean_c, var_c, mean, var, running_mean, running_var, momentum, rows, has_running
-    )
+        channel, valid_channel, mean_c, var_c, mean, var, running_mean, running_var, num_batches, rows, momentum,
+        has_running, has_counter,
+    )  # fmt: skip
     invstd = 1 / tl.sqrt(var_c + tl.full([1], eps, dtype))
     scale = tl.load(weight + channel, valid_channel, other=0.0).to(dtype) * invstd
     bias_c = tl.load(bias + channel, valid_channel, other=0.0).to(dtype)
@@ -161,11 +192,50 @@ def _tile_from_the_end(i, rows, block_rows: tl.constexpr):
 
 
 @triton.jit
+def _rows_of(split, splits, rows, block_rows: tl.constexpr):
+    tiles = tl.cdiv(rows, block_rows)
+    missing = tl.where((tiles - 1) % splits == split, tiles * block_rows - rows, 0)  # of the last tile from the end
+    return tl.cdiv(tiles - split, splits) * block_rows - missing
+
+
+@triton.jit
+def _merged_moments(means, deviations, splits, channel, rows, channels, dtype: tl.constexpr, block_rows: tl.constexpr):
+    """Mean and biased variance of all rows from the moments of the splits."""
+    first = tl.load(means + channel, channel < channels, other=0.0, cache_modifier=".cg")
+    shift = tl.where(tl.abs(first) < float("inf"), first, 0.0)  # as in split_moments
+    sums = tl.zeros([block_rows, channel.shape[0]], dtype)
+    squares = tl.zeros([block_rows, channel.shape[0]], dtype)
+    for start in tl.range(0, splits, block_rows, num_stages=STAGES):
+        split = start + tl.arange(0, block_rows)
+        count = _rows_of(split, splits, rows, block_rows).to(dtype)[:, None]
+        shifted = _load_parts(means, split, splits, channel, channels) - shift[None, :]
+        deviation = _load_parts(deviations, split, splits, channel, channels)
+        valid = (split < splits)[:, None]
+        sums += tl.where(valid, shifted * count, 0.0)
+        squares += tl.where(deviation < 0, 0.0, deviation)  # NaN stays NaN
+        squares += tl.where(valid, shifted * shifted * count, 0.0)
+    rest = tl.sum(sums, 0) / rows
+    finite = tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
+    var = tl.sum(squares, 0) / rows - finite * finite
+    return shift + rest, tl.where(var < 0, 0.0, var)
+
+
+@triton.jit
+def _merged_sums(parts, splits, channel, channels, dtype: tl.constexpr, block_rows: tl.constexpr):
+    sums = tl.zeros([block_rows, channel.shape[0]], dtype)
+    for start in tl.range(0, splits, block_rows, num_stages=STAGES):
+        sums += _load_parts(parts, start + tl.arange(0, block_rows), splits, channel, channels)
+    return tl.sum(sums, 0)
+
+
+@triton.jit(do_not_specialize=["splits", "split_tiles"])
 def split_moments(
-    x, counts, means, deviations, rows, channels, plane, splits: tl.constexpr, split_tiles: tl.constexpr,
+    x, means, deviations, arrived, mean, var, running_mean, running_var, num_batches,
+    rows, channels, plane, splits, split_tiles, momentum: tl.float64,
+    has_running: tl.constexpr, has_counter: tl.constexpr,
     channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """Count, mean and sum of squared deviations of the rows of one split, by channel."""
+    """Mean and sum of squared deviations of the rows of one split; from all splits, the statistics of the channels."""
     split = tl.program_id(1)
     channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
     valid_channel = channel < channels
@@ -191,37 +261,21 @@ def split_moments(
     mean_p = sums / tl.maximum(count, 1)
     mean_c, deviation_c = _merged(count, shift + mean_p, squares - sums * mean_p, total)
     at = split * channels + channel
-    tl.store(counts + split, total)
     tl.store(means + at, mean_c, valid_channel)
     tl.store(deviations + at, deviation_c, valid_channel)
-
-
-@triton.jit
-def merge_moments(
-    counts, means, deviations, mean, var, running_mean, running_var, momentum: tl.float64, rows, channels,
-    splits: tl.constexpr, has_running: tl.constexpr, block_splits: tl.constexpr, block_channels: tl.constexpr,
-):  # fmt: skip
-    """Mean and biased variance from the moments of the splits, and the running statistics."""
-    split = tl.arange(0, block_splits)
-    channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
-    valid_channel = channel < channels
-    valid = (split < splits)[:, None] & valid_channel[None, :]
-    at = split[:, None] * channels + channel[None, :]
-    count = tl.load(counts + split, split < splits, other=0.0)[:, None]
-    mean_s = tl.load(means + at, valid, other=0.0)
-    deviation_s = tl.load(deviations + at, valid, other=0.0)
-    mean_c, deviation_c = _merged(count, mean_s, deviation_s, rows)
-    _store_statistics(
-        channel, valid_channel, mean_c, deviation_c / rows,
-        mean, var, running_mean, running_var, momentum, rows, has_running,
-    )  # fmt: skip
+    if _is_last(arrived, splits):
+        mean_c, var_c = _merged_moments(means, deviations, splits, channel, rows, channels, dtype, block_rows)
+        _store_statistics(
+            channel, valid_channel, mean_c, var_c, mean, var, running_mean, running_var, num_batches, rows, momentum,
+            has_running, has_counter,
+        )  # fmt: skip
 
 
 @triton.jit
 def normalize(
     x, residual, weight, bias, mean, var, y, rows, channels, plane, eps: tl.float64,
-    channels_last: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, dtype: tl.constexpr,
-    block_rows: tl.constexpr, block_channels: tl.constexpr,
+    has_residual: tl.constexpr, relu: tl.constexpr,
+    channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual) for a tile."""
     channel, valid_channel, valid, offsets = _tile(rows, channels, plane, channels_last, block_rows, block_channels)
@@ -233,15 +287,15 @@ def normalize(
 
 @triton.jit
 def backward_once(
-    grad, x, y, weight, bias, mean, var, dx, dz, dweight, dbias, rows, channels, plane, eps: tl.float64,
-    channels_last: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, training: tl.constexpr,
-    dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
+    grad, twin_grad, x, y, weight, bias, mean, var, dx, dz, dweight, dbias, rows, channels, plane, eps: tl.float64,
+    has_twin: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, training: tl.constexpr,
+    channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of all rows of a block of channels; grad, x and y are read once."""
+    """All gradients of all rows of a block of channels; the gradients, x and y are read once."""
     channel, valid_channel, valid, offsets = _tile(rows, channels, plane, channels_last, block_rows, block_channels)
     mean_c, invstd, weight_c, bias_c = _affine(channel, valid_channel, weight, bias, mean, var, eps, dtype)
     scale = weight_c * invstd
-    dy = tl.load(grad + offsets, valid, other=0.0).to(dtype)
+    dy = _gradient(grad, twin_grad, offsets, valid, has_twin, dtype)
     centered = tl.load(x + offsets, valid, other=0.0).to(dtype) - mean_c[None, :]
     dy = _before_relu(dy, centered, y, offsets, valid, scale, bias_c, has_residual, relu)
     dbias_c = tl.sum(tl.where(valid, dy, 0.0), 0)
@@ -255,25 +309,25 @@ def backward_once(
     tl.store(dx + offsets, (dy * scale[None, :]).to(dx.dtype.element_ty), valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "split_tiles"])
 def split_sums(
-    grad, x, y, weight, bias, mean, var, dz, dweights, dbiases, rows, channels, plane, eps: tl.float64,
-    splits: tl.constexpr, split_tiles: tl.constexpr,
-    channels_last: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, dtype: tl.constexpr,
-    block_rows: tl.constexpr, block_channels: tl.constexpr,
+    grad, twin_grad, x, y, weight, bias, mean, var, dz, dweights, dbiases, arrived, dweight, dbias,
+    rows, channels, plane, splits, split_tiles, eps: tl.float64,
+    has_twin: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr,
+    channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """dz, and the gradients of weight and bias from the rows of one split."""
+    """dz, and the gradients of weight and bias from the rows of one split; from all splits, those of all rows."""
     split = tl.program_id(1)
     channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
     valid_channel = channel < channels
     mean_c, invstd, weight_c, bias_c = _affine(channel, valid_channel, weight, bias, mean, var, eps, dtype)
     sums = tl.zeros([block_rows, block_channels], dtype)
     products = tl.zeros([block_rows, block_channels], dtype)
-    for i in tl.range(split_tiles, num_stages=STAGES):
+    for i in tl.range(0, split_tiles, num_stages=STAGES):
         row = _tile_from_the_end(i * splits + split, rows, block_rows)
         valid = (row >= 0)[:, None] & valid_channel[None, :]
         offsets = _offsets(row, channel, plane, channels, channels_last)
-        dy = tl.load(grad + offsets, valid, other=0.0).to(dtype)
+        dy = _gradient(grad, twin_grad, offsets, valid, has_twin, dtype)
         centered = tl.load(x + offsets, valid, other=0.0).to(dtype) - mean_c[None, :]
         dy = _before_relu(dy, centered, y, offsets, valid, weight_c * invstd, bias_c, has_residual, relu)
         if relu and has_residual:
@@ -283,27 +337,16 @@ def split_sums(
     at = split * channels + channel
     tl.store(dbiases + at, tl.sum(sums, 0), valid_channel)
     tl.store(dweights + at, tl.sum(products, 0) * invstd, valid_channel)
-
-
-@triton.jit
-def merge_sums(
-    dweights, dbiases, dweight, dbias, channels,
-    splits: tl.constexpr, block_splits: tl.constexpr, block_channels: tl.constexpr,
-):  # fmt: skip
-    """The gradients of weight and bias from those of the splits."""
-    split = tl.arange(0, block_splits)
-    channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
-    valid = (split < splits)[:, None] & (channel < channels)[None, :]
-    at = split[:, None] * channels + channel[None, :]
-    tl.store(dweight + channel, tl.sum(tl.load(dweights + at, valid, other=0.0), 0), channel < channels)
-    tl.store(dbias + channel, tl.sum(tl.load(dbiases + at, valid, other=0.0), 0), channel < channels)
+    if _is_last(arrived, splits):
+        tl.store(dbias + channel, _merged_sums(dbiases, splits, channel, channels, dtype, block_rows), valid_channel)
+        tl.store(dweight + channel, _merged_sums(dweights, splits, channel, channels, dtype, block_rows), valid_channel)
 
 
 @triton.jit
 def input_gradient(
     grad, x, weight, bias, mean, var, dweight, dbias, dx, rows, channels, plane, eps: tl.float64,
-    channels_last: tl.constexpr, relu: tl.constexpr, training: tl.constexpr, dtype: tl.constexpr,
-    block_rows: tl.constexpr, block_channels: tl.constexpr,
+    relu: tl.constexpr, training: tl.constexpr,
+    channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """dx = scale * (dz - (dbias + (x - mean) * invstd * dweight) / rows); in evaluation dx = scale * dz."""
     channel, valid_channel, valid, offsets = _tile(rows, channels, plane, channels_last, block_rows, block_channels)
@@ -319,39 +362,76 @@ def input_gradient(
     tl.store(dx + offsets, (dy * scale[None, :]).to(dx.dtype.element_ty), valid)
 
 
-class _Launch:
-    """The sizes, options and grids of the kernels for a tensor."""
+class _Launcher:
+    """The sizes, grids and options of the kernels for tensors of one shape and type, and the compiled kernels.
 
-    def __init__(self, x: Tensor) -> None:
-        self.channels = x.size(1)
-        self.rows = x.numel() // self.channels
-        self.plane = self.rows // x.size(0)
-        channels_last = is_channels_last(x)
+    Triton's own launch looks at every argument to find the compiled kernel, which takes longer than the launch. Here
+    the types of the tensors and the flags are looked up.
+    """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, channels_last: bool) -> None:
+        batch, self.channels = shape[:2]
+        self.rows = shape.numel() // self.channels
+        self.shape = self.rows, self.channels, self.rows // batch
         self.tiling = tiling(self.rows, self.channels, channels_last)
-        self.options = {
+        self.constants = {
             "channels_last": channels_last,
-            "dtype": tl.float64 if x.dtype == torch.float64 else tl.float32,
+            "dtype": tl.float64 if dtype == torch.float64 else tl.float32,
             "block_rows": self.tiling.block_rows,
             "block_channels": self.tiling.block_channels,
-            "num_warps": self.tiling.num_warps,
         }
         tiles = triton.cdiv(self.rows, self.tiling.block_rows)
         across = triton.cdiv(self.channels, self.tiling.block_channels)
-        self.channel_grid = (across,)
-        self.tile_grid = (across * tiles,)
-        self.split_grid = (across, self.tiling.splits)
-        self.split_options = {"splits": self.tiling.splits, "split_tiles": triton.cdiv(tiles, self.tiling.splits)}
-        block_channels = min(MERGED_CHANNELS, self.tiling.block_channels)
-        self.merge_grid = (triton.cdiv(self.channels, block_channels),)
-        self.merge_options = {
-            "splits": self.tiling.splits,
-            "block_splits": triton.next_power_of_2(self.tiling.splits),
-            "block_channels": block_channels,
-        }
+        self.channel_grid = across, 1, 1
+        self.tile_grid = across * tiles, 1, 1
+        self.split_grid = across, self.tiling.splits, 1
+        self.split_shape = *self.shape, self.tiling.splits, triton.cdiv(tiles, self.tiling.splits)
+        self.compiled: dict[Any, Any] = {}
 
-    def parts(self, count: int, like: Tensor) -> tuple[Tensor, ...]:
-        """``count`` uninitialised tensors ``[splits, channels]``."""
-        return like.new_empty(count, self.tiling.splits, self.channels).unbind()
+    def parts(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Two uninitialised tensors ``[splits, channels]``, and the numbers of the programs that have arrived."""
+        first, second = like.new_empty(2, self.tiling.splits, self.channels).unbind()
+        return first, second, _arrivals(like.device, self.channel_grid[0])
+
+    def __call__(self, kernel, grid, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], **flags: bool) -> None:
+        """``kernel``, whose parameters are tensors, numbers, flags and the constants, in this order."""
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        key = kernel, tensors[0].device, *flags.values(), *[tensor.dtype for tensor in tensors]
+        compiled = self.compiled.get(key)
+        unaligned = functools.reduce(operator.or_, pointers) % 16  # Triton compiles another kernel
+        if compiled is None or unaligned:
+            compiled = kernel[grid](*tensors, *numbers, **flags, **self.constants, num_warps=self.tiling.num_warps)
+            if not unaligned and compiled is not None:  # the interpreter compiles nothing
+                self.compiled[key] = compiled
+        else:
+            compiled[grid](*pointers, *numbers, *flags.values(), *self.constants.values())
+
+
+launcher = functools.lru_cache(maxsize=1024)(_Launcher)
+_counters: dict[Any, Tensor] = {}  # zeros, by device and stream
+_graph_counters: dict[torch.device, Tensor] = {}  # zeros that no kernel has got yet
+GRAPH_COUNTERS = 1 << 16
+
+
+def _arrivals(device: torch.device, count: int) -> Tensor:
+    """``count`` int32 zeros that a kernel leaves as zeros, to which no other kernel writes at the same time.
+
+    Those of a stream, whose kernels run one after another; each kernel of a CUDA graph, which may be replayed on
+    another stream, has its own.
+    """
+    count = triton.cdiv(count, 4) * 4  # 16 bytes
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        unused = _graph_counters.get(device, torch.empty(0))
+        if len(unused) < count:
+            return torch.zeros(count, dtype=torch.int32, device=device)  # in every replay
+        _graph_counters[device] = unused[count:]
+        return unused[:count]
+    if device.type == "cuda" and device not in _graph_counters:
+        _graph_counters[device] = torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=device)
+    key = device, torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    if key not in _counters or len(_counters[key]) < count:
+        _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    return _counters[key]
 
 
 def _affine_parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -368,6 +448,7 @@ def forward(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
@@ -379,37 +460,38 @@ def forward(
     y = torch.empty_like(x)
     mean, var = new_statistics(x, training)
     if x.numel() == 0:
+        if training and num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
         return y, mean.zero_(), var.zero_()
-    launch = _Launch(x)
-    flags = {"has_residual": residual is not None, "relu": relu, **launch.options}
+    launch = launcher(x.shape, x.dtype, channels_last)
     affine = _affine_parameters(x, weight, bias)
-    other = x if residual is None else dense(residual, channels_last)
-    shape = launch.rows, launch.channels, launch.plane
+    inputs = x, x if residual is None else dense(residual, channels_last), *affine
+    flags = {"has_residual": residual is not None, "relu": relu}
     running = [t.contiguous() for t in (running_mean, running_var) if t is not None]
     if not training:
-        normalize[launch.tile_grid](x, other, *affine, *running, y, *shape, eps, **flags)
+        launch(normalize, launch.tile_grid, (*inputs, *running, y), (*launch.shape, eps), **flags)
         return y, mean, var
-    statistics = mean, var, *(running or (mean, var)), momentum
+    counter = mean if num_batches_tracked is None else num_batches_tracked
+    updated = mean, var, *(running or (mean, var)), counter
+    given = {"has_running": bool(running), "has_counter": num_batches_tracked is not None}
     if launch.tiling.single_pass:
-        forward_once[launch.channel_grid](
-            x, other, *affine, y, *statistics, *shape, eps, has_running=bool(running), **flags
+        launch(
+            forward_once, launch.channel_grid, (*inputs, y, *updated), (*launch.shape, eps, momentum), **flags, **given
         )
     else:
-        parts = launch.parts(3, mean)
-        split_moments[launch.split_grid](x, *parts, *shape, **launch.split_options, **launch.options)
-        merge_moments[launch.merge_grid](
-            *parts, *statistics, *shape[:2], has_running=bool(running), **launch.merge_options
-        )
-        normalize[launch.tile_grid](x, other, *affine, mean, var, y, *shape, eps, **flags)
-    for given, updated in zip((running_mean, running_var), running, strict=False):
-        if given is not None and given is not updated:  # not contiguous
-            given.copy_(updated)
+        parts = launch.parts(mean)
+        launch(split_moments, launch.split_grid, (x, *parts, *updated), (*launch.split_shape, momentum), **given)
+        launch(normalize, launch.tile_grid, (*inputs, mean, var, y), (*launch.shape, eps), **flags)
+    for old, new in zip((running_mean, running_var), running, strict=False):
+        if old is not None and old is not new:  # not contiguous
+            old.copy_(new)
     torch.autograd.graph.increment_version(running)  # autograd must know
     return y, mean, var
 
 
 def backward(
     grad: Tensor,
+    twin_grad: Tensor | None,
     x: Tensor,
     output: Tensor | None,
     weight: Tensor | None,
@@ -428,23 +510,20 @@ def backward(
     dweight, dbias = new_statistics(x)
     if x.numel() == 0:
         return dx, dz, dweight.zero_(), dbias.zero_()
-    launch = _Launch(x)
-    flags = {"has_residual": output is not None, "relu": relu, **launch.options}
+    launch = launcher(x.shape, x.dtype, channels_last)
     constants = *_affine_parameters(x, weight, bias), mean.contiguous(), var.contiguous()
-    y = x if output is None else dense(output, channels_last)
-    shape = launch.rows, launch.channels, launch.plane
+    twin = grad if twin_grad is None else dense(twin_grad, channels_last)
+    inputs = grad, twin, x, x if output is None else dense(output, channels_last), *constants
+    flags = {"has_twin": twin_grad is not None, "has_residual": output is not None, "relu": relu}
     if launch.tiling.single_pass:
-        backward_once[launch.channel_grid](
-            grad, x, y, *constants, dx, dz, dweight, dbias, *shape, eps, training=training, **flags
+        results = dx, dz, dweight, dbias
+        launch(
+            backward_once, launch.channel_grid, (*inputs, *results), (*launch.shape, eps), **flags, training=training
         )
-        return dx, dz, dweight, dbias
-    dweights, dbiases = launch.parts(2, dweight)
-    split_sums[launch.split_grid](
-        grad, x, y, *constants, dz, dweights, dbiases, *shape, eps, **launch.split_options, **flags
-    )
-    merge_sums[launch.merge_grid](dweights, dbiases, dweight, dbias, launch.channels, **launch.merge_options)
-    input_gradient[launch.tile_grid](
-        grad if output is None else dz, x, *constants, dweight, dbias, dx, *shape, eps,
-        relu=relu and output is None, training=training, **launch.options,
-    )  # fmt: skip
+        return results
+    results = dz, *launch.parts(dweight), dweight, dbias
+    launch(split_sums, launch.split_grid, (*inputs, *results), (*launch.split_shape, eps), **flags)
+    dy, relu = (grad, relu) if output is None else (dz, False)
+    tensors = dy, x, *constants, dweight, dbias, dx
+    launch(input_gradient, launch.tile_grid, tensors, (*launch.shape, eps), relu=relu, training=training)
     return dx, dz, dweight, dbias
