@@ -49,6 +49,8 @@ def run(call: Call) -> None:
     )
     inputs = {"residual": residual} if has_residual else {}
     norm(x, **inputs).sum().backward()
+    if has_residual:
+        torch.stack(norm(x, **inputs, twin=True)).sum().backward()
     with torch.no_grad():
         norm.eval()(x, **inputs)
 

@@ -20,7 +20,7 @@ from test_batch_norm_relu import BATCH, DEVICE, Inputs
 from timing import as_cuda_graph
 
 from fastres.ops import batch_norm_relu
-from fastres.ops.batch_norm_relu import triton_kernels
+from fastres.ops.batch_norm_relu import launch
 from fastres.profiling.measure import interleave
 
 SHAPES = ((64, 32), (256, 32), (512, 16), (1024, 8), (2048, 4))
@@ -30,7 +30,7 @@ PROGRAMS = (132, 264, 528)
 ROUNDS = 9
 
 
-def tilings(own: triton_kernels.Tiling, rows: int, channels: int) -> list[triton_kernels.Tiling]:
+def tilings(own: launch.Tiling, rows: int, channels: int) -> list[launch.Tiling]:
     """Those to try beside the operator's own, which comes first."""
     others = [
         replace(
@@ -46,23 +46,23 @@ def tilings(own: triton_kernels.Tiling, rows: int, channels: int) -> list[triton
     return [own, *dict.fromkeys(tiling for tiling in others if tiling != own)]
 
 
-def under(tiling: triton_kernels.Tiling, run: Callable[[], object], pool: object) -> Callable[[], object]:
+def under(tiling: launch.Tiling, run: Callable[[], object], pool: object) -> Callable[[], object]:
     """`run` captured with the operator's kernels under this tiling."""
-    choose = triton_kernels.tiling
-    triton_kernels.tiling = lambda *_: tiling
-    triton_kernels.launcher.cache_clear()
+    choose = launch.tiling
+    launch.tiling = lambda *_: tiling
+    launch.launcher.cache_clear()
     try:
         return as_cuda_graph(run, pool)
     finally:
-        triton_kernels.tiling = choose
-        triton_kernels.launcher.cache_clear()
+        launch.tiling = choose
+        launch.launcher.cache_clear()
 
 
 def main(path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         for channels, size in SHAPES:
             rows = BATCH * size * size
-            own = triton_kernels.tiling(rows, channels, True)
+            own = launch.tiling(rows, channels, True)
             if own.single_pass:
                 continue
             inputs = Inputs(channels, size)

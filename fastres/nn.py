@@ -31,8 +31,8 @@ class BatchNormReLU2d(nn.BatchNorm2d):
             that rebuild a norm as a plain one, or fold it into a convolution, read it, and would lose the ReLU.
 
     Shape: `x` and `residual` `[N, C, H, W]`; the output too, in the type of `x`, to which the residual is converted.
-    With `twin`, while training, the output is two tensors of one memory, for the next block's branch and shortcut: the
-    backward pass then adds their gradients as it reads them.
+    With `twin`, while training without hooks on the module, the output is two tensors of one memory, for the next
+    block's branch and shortcut: the backward pass adds their gradients as it reads them.
 
     Raises:
         ValueError: as `torch.nn.BatchNorm2d` and `fastres.ops.batch_norm_relu` do.
@@ -75,7 +75,8 @@ class BatchNormReLU2d(nn.BatchNorm2d):
             momentum = 1 / float(counter + 1)
         use_running = not self.training or self.track_running_stats
         function: Callable[..., Any] = self._function
-        if twin and self._twin_function and self.training and torch.is_grad_enabled() and not transforms_active():
+        twin = twin and self.training and torch.is_grad_enabled() and not has_hooks(self) and not transforms_active()
+        if twin and self._twin_function:
             function = self._twin_function
         return function(
             x,
@@ -211,6 +212,11 @@ class PointwiseConv2d(nn.Conv2d):
         if bfloat16 and small and not transforms_active() and x.is_contiguous(memory_format=torch.channels_last):
             return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
         return super().forward(x)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks that are called with the output of `module`, or its gradient, have been registered on it."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def fx_node(module: nn.Module, x: Proxy, *args: object) -> Any:

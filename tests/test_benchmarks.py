@@ -23,7 +23,7 @@ from fastres.config import DATASET_DEFAULTS, TrainConfig, over_recipe
 from fastres.data.datasets import synthetic
 from fastres.fields import as_json
 from fastres.flags import Parser, add_flags
-from fastres.ops.batch_norm_relu import triton_kernels
+from fastres.ops.batch_norm_relu import launch, triton_kernels
 from fastres.profiling.measure import interleave
 from fastres.report.study import write_report
 
@@ -265,10 +265,10 @@ def test_the_operator_moves_what_the_roofline_counts():
 
 def test_each_tiling_is_captured_and_timed(tmp_path, monkeypatch):
     tune, seen = script("tune_batch_norm_relu"), []
-    choose = triton_kernels.tiling
+    choose = launch.tiling
 
     def capture(run, pool):
-        seen.append(triton_kernels.tiling(0, 0, True))
+        seen.append(launch.tiling(0, 0, True))
         return run
 
     monkeypatch.setattr(tune, "as_cuda_graph", capture)
@@ -284,7 +284,7 @@ def test_each_tiling_is_captured_and_timed(tmp_path, monkeypatch):
         assert row.items() >= asdict(tiling).items()
         assert min(row["forward_us"], row["both_us"]) > 0
     assert rows[0]["own_forward"] == rows[0]["own_both"] == 1
-    assert triton_kernels.tiling is choose
+    assert launch.tiling is choose
 
 
 def test_loaders_are_measured_in_images_a_second(monkeypatch):

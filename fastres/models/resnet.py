@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from fastres.nn import PointwiseConv2d
+from fastres.nn import PointwiseConv2d, has_hooks
 
 NormLayer = Callable[..., nn.BatchNorm2d]
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -30,7 +30,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> Output:
         out = self.bn1(self.conv1(x))
         residual = self.downsample(x if shortcut is None else shortcut)
-        return self.bn2(self.conv2(out), residual, twin=shortcut is not None)
+        return self.bn2(self.conv2(out), residual=residual, twin=shortcut is not None)
 
 
 class Bottleneck(nn.Module):
@@ -53,7 +53,7 @@ class Bottleneck(nn.Module):
         out = self.bn1(self.conv1(x))
         out = self.bn2(self.conv2(out))
         residual = self.downsample(x if shortcut is None else shortcut)
-        return self.bn3(self.conv3(out), residual, twin=shortcut is not None)
+        return self.bn3(self.conv3(out), residual=residual, twin=shortcut is not None)
 
 
 def projection(in_channels: int, out_channels: int, stride: int, norm_layer: NormLayer) -> nn.Module:
@@ -68,14 +68,14 @@ def projection(in_channels: int, out_channels: int, stride: int, norm_layer: Nor
 class Stage(nn.Sequential):
     """Residual blocks of one resolution.
 
-    While training, the fused norm that ends a block gives its output twice, for the next block's branch and shortcut;
-    a forward hook on a block sees both.
+    While training, the fused norm that ends a block gives its output twice, for the next block's branch and shortcut,
+    except where a hook is to see one tensor with its whole gradient.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
         for block in self:
-            output = block(x, shortcut)
+            output = block(x) if has_hooks(block) else block(x, shortcut)
             x, shortcut = output if isinstance(output, tuple) else (output, output)
         return x
 

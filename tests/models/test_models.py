@@ -167,7 +167,7 @@ def test_what_cannot_be_made():
 @pytest.mark.parametrize(
     ("name", "size", "nodes"),
     [
-        ("resnet18", 16, ["bn1", "layer2", "layer4.1"]),
+        ("resnet18", 16, ["bn1", "layer1.0", "layer2", "layer2.0.bn2", "layer4.1"]),
         ("resnet50", 16, ["layer1", "layer4"]),
         ("vgg11", 32, ["features.4", "features"]),
     ],

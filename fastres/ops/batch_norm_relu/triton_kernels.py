@@ -12,46 +12,17 @@ A row is the channels of one pixel. Row r of a channels-last tensor starts at r 
 contiguous one with planes of P pixels it starts at (r // P) * C * P + r % P and has stride P.
 """
 
-import functools
-import operator
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastres.ops.batch_norm_relu.launch import launcher
 from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, new_statistics, statistics_dtype
 
-# Programs that reduce a tensor: two for each of an H100's multiprocessors, whose registers hold two at a time.
-PROGRAMS = 264
 # Software pipelining of a loop over tiles: two are being loaded while a third is computed. Without it a thread waits
 # for each 16 bytes, and all threads together keep half as many bytes in flight as an H100's memory needs.
 STAGES = tl.constexpr(3)
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """The division of the work into programs: every choice that tuning on a GPU changes."""
-
-    single_pass: bool  # one program holds all rows of its channels
-    block_rows: int
-    block_channels: int
-    splits: int  # programs that share the tiles of a channel in a reduction
-    num_warps: int
-
-
-def tiling(rows: int, channels: int, channels_last: bool) -> Tiling:
-    """The tiling for a matrix `[rows, channels]`, chosen by arithmetic and not yet tuned on a GPU."""
-    few_channels = min(16, triton.next_power_of_2(channels))
-    if triton.next_power_of_2(rows) * few_channels <= 16384:
-        return Tiling(True, triton.next_power_of_2(rows), few_channels, 1, 8)
-    block_channels = min(64, triton.next_power_of_2(channels)) if channels_last else 1
-    block_rows = 4096 // block_channels
-    splits = PROGRAMS // triton.cdiv(channels, block_channels)
-    splits = max(1, min(splits, triton.cdiv(rows, 2 * block_rows)))
-    return Tiling(False, block_rows, block_channels, splits, 8)
 
 
 @triton.jit
@@ -362,78 +333,6 @@ def input_gradient(
     tl.store(dx + offsets, (dy * scale[None, :]).to(dx.dtype.element_ty), valid)
 
 
-class _Launcher:
-    """The sizes, grids and options of the kernels for tensors of one shape and type, and the compiled kernels.
-
-    Triton's own launch looks at every argument to find the compiled kernel, which takes longer than the launch. Here
-    the types of the tensors and the flags are looked up.
-    """
-
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, channels_last: bool) -> None:
-        batch, self.channels = shape[:2]
-        self.rows = shape.numel() // self.channels
-        self.shape = self.rows, self.channels, self.rows // batch
-        self.tiling = tiling(self.rows, self.channels, channels_last)
-        self.constants = {
-            "channels_last": channels_last,
-            "dtype": tl.float64 if dtype == torch.float64 else tl.float32,
-            "block_rows": self.tiling.block_rows,
-            "block_channels": self.tiling.block_channels,
-        }
-        tiles = triton.cdiv(self.rows, self.tiling.block_rows)
-        across = triton.cdiv(self.channels, self.tiling.block_channels)
-        self.channel_grid = across, 1, 1
-        self.tile_grid = across * tiles, 1, 1
-        self.split_grid = across, self.tiling.splits, 1
-        self.split_shape = *self.shape, self.tiling.splits, triton.cdiv(tiles, self.tiling.splits)
-        self.compiled: dict[Any, Any] = {}
-
-    def parts(self, like: Tensor) -> tuple[Tensor, ...]:
-        """Two uninitialised tensors ``[splits, channels]``, and the numbers of the programs that have arrived."""
-        first, second = like.new_empty(2, self.tiling.splits, self.channels).unbind()
-        return first, second, _arrivals(like.device, self.channel_grid[0])
-
-    def __call__(self, kernel, grid, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], **flags: bool) -> None:
-        """``kernel``, whose parameters are tensors, numbers, flags and the constants, in this order."""
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        key = kernel, tensors[0].device, *flags.values(), *[tensor.dtype for tensor in tensors]
-        compiled = self.compiled.get(key)
-        unaligned = functools.reduce(operator.or_, pointers) % 16  # Triton compiles another kernel
-        if compiled is None or unaligned:
-            compiled = kernel[grid](*tensors, *numbers, **flags, **self.constants, num_warps=self.tiling.num_warps)
-            if not unaligned and compiled is not None:  # the interpreter compiles nothing
-                self.compiled[key] = compiled
-        else:
-            compiled[grid](*pointers, *numbers, *flags.values(), *self.constants.values())
-
-
-launcher = functools.lru_cache(maxsize=1024)(_Launcher)
-_counters: dict[Any, Tensor] = {}  # zeros, by device and stream
-_graph_counters: dict[torch.device, Tensor] = {}  # zeros that no kernel has got yet
-GRAPH_COUNTERS = 1 << 16
-
-
-def _arrivals(device: torch.device, count: int) -> Tensor:
-    """``count`` int32 zeros that a kernel leaves as zeros, to which no other kernel writes at the same time.
-
-    Those of a stream, whose kernels run one after another; each kernel of a CUDA graph, which may be replayed on
-    another stream, has its own.
-    """
-    count = triton.cdiv(count, 4) * 4  # 16 bytes
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        unused = _graph_counters.get(device, torch.empty(0))
-        if len(unused) < count:
-            return torch.zeros(count, dtype=torch.int32, device=device)  # in every replay
-        _graph_counters[device] = unused[count:]
-        return unused[:count]
-    if device.type == "cuda" and device not in _graph_counters:
-        _graph_counters[device] = torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=device)
-    key = device, torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-    if key not in _counters or len(_counters[key]) < count:
-        _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-    return _counters[key]
-
-
 def _affine_parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     channels, dtype = x.size(1), statistics_dtype(x)
     weight = x.new_ones(channels, dtype=dtype) if weight is None else weight.contiguous()
@@ -475,9 +374,8 @@ def forward(
     updated = mean, var, *(running or (mean, var)), counter
     given = {"has_running": bool(running), "has_counter": num_batches_tracked is not None}
     if launch.tiling.single_pass:
-        launch(
-            forward_once, launch.channel_grid, (*inputs, y, *updated), (*launch.shape, eps, momentum), **flags, **given
-        )
+        tensors, numbers = (*inputs, y, *updated), (*launch.shape, eps, momentum)
+        launch(forward_once, launch.channel_grid, tensors, numbers, **flags, **given)
     else:
         parts = launch.parts(mean)
         launch(split_moments, launch.split_grid, (x, *parts, *updated), (*launch.split_shape, momentum), **given)
@@ -515,14 +413,13 @@ def backward(
     twin = grad if twin_grad is None else dense(twin_grad, channels_last)
     inputs = grad, twin, x, x if output is None else dense(output, channels_last), *constants
     flags = {"has_twin": twin_grad is not None, "has_residual": output is not None, "relu": relu}
+    tensors: tuple[Tensor, ...]
     if launch.tiling.single_pass:
-        results = dx, dz, dweight, dbias
-        launch(
-            backward_once, launch.channel_grid, (*inputs, *results), (*launch.shape, eps), **flags, training=training
-        )
-        return results
-    results = dz, *launch.parts(dweight), dweight, dbias
-    launch(split_sums, launch.split_grid, (*inputs, *results), (*launch.split_shape, eps), **flags)
+        tensors = *inputs, dx, dz, dweight, dbias
+        launch(backward_once, launch.channel_grid, tensors, (*launch.shape, eps), **flags, training=training)
+        return dx, dz, dweight, dbias
+    tensors = *inputs, dz, *launch.parts(dweight), dweight, dbias
+    launch(split_sums, launch.split_grid, tensors, (*launch.split_shape, eps), **flags)
     dy, relu = (grad, relu) if output is None else (dz, False)
     tensors = dy, x, *constants, dweight, dbias, dx
     launch(input_gradient, launch.tile_grid, tensors, (*launch.shape, eps), relu=relu, training=training)

@@ -1,0 +1,110 @@
+# mypy: disable-error-code="no-untyped-def"
+"""The division of the Triton kernels' work into programs, and their launch."""
+
+import functools
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Programs that reduce a tensor: two for each of an H100's multiprocessors, whose registers hold two at a time.
+PROGRAMS = 264
+GRAPH_COUNTERS = 1 << 16  # that the kernels of CUDA graphs share out
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The division of the work into programs: every choice that tuning on a GPU changes."""
+
+    single_pass: bool  # one program holds all rows of its channels
+    block_rows: int
+    block_channels: int
+    splits: int  # programs that share the tiles of a channel in a reduction
+    num_warps: int
+
+
+def tiling(rows: int, channels: int, channels_last: bool) -> Tiling:
+    """The tiling for a matrix `[rows, channels]`, chosen by arithmetic and not yet tuned on a GPU."""
+    few_channels = min(16, triton.next_power_of_2(channels))
+    if triton.next_power_of_2(rows) * few_channels <= 16384:
+        return Tiling(True, triton.next_power_of_2(rows), few_channels, 1, 8)
+    block_channels = min(64, triton.next_power_of_2(channels)) if channels_last else 1
+    block_rows = 4096 // block_channels
+    splits = PROGRAMS // triton.cdiv(channels, block_channels)
+    splits = max(1, min(splits, triton.cdiv(rows, 2 * block_rows)))
+    return Tiling(False, block_rows, block_channels, splits, 8)
+
+
+class _Launcher:
+    """The sizes, grids and options of the kernels for tensors of one shape and type, and the compiled kernels.
+
+    Triton's own launch looks at every argument to find the compiled kernel, which takes longer than the launch. Here
+    the types of the tensors and the flags are looked up.
+    """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, channels_last: bool) -> None:
+        batch, self.channels = shape[:2]
+        self.rows = shape.numel() // self.channels
+        self.shape = self.rows, self.channels, self.rows // batch
+        self.tiling = tiling(self.rows, self.channels, channels_last)
+        self.constants = {
+            "channels_last": channels_last,
+            "dtype": tl.float64 if dtype == torch.float64 else tl.float32,
+            "block_rows": self.tiling.block_rows,
+            "block_channels": self.tiling.block_channels,
+        }
+        tiles = triton.cdiv(self.rows, self.tiling.block_rows)
+        across = triton.cdiv(self.channels, self.tiling.block_channels)
+        self.channel_grid = across, 1, 1
+        self.tile_grid = across * tiles, 1, 1
+        self.split_grid = across, self.tiling.splits, 1
+        self.split_shape = *self.shape, self.tiling.splits, triton.cdiv(tiles, self.tiling.splits)
+        self.compiled: dict[Any, Any] = {}
+
+    def parts(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Two uninitialised tensors ``[splits, channels]``, and the numbers of the programs that have arrived."""
+        first, second = like.new_empty(2, self.tiling.splits, self.channels).unbind()
+        return first, second, _arrivals(like.device, self.channel_grid[0])
+
+    def __call__(self, kernel, grid, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], **flags: bool) -> None:
+        """``kernel``, whose parameters are tensors, numbers, flags and the constants, in this order."""
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        key = kernel, tensors[0].device, *flags.values(), *[tensor.dtype for tensor in tensors]
+        compiled = self.compiled.get(key)
+        unaligned = functools.reduce(operator.or_, pointers) % 16  # Triton compiles another kernel
+        if compiled is None or unaligned:
+            compiled = kernel[grid](*tensors, *numbers, **flags, **self.constants, num_warps=self.tiling.num_warps)
+            if not unaligned and compiled is not None:  # the interpreter compiles nothing
+                self.compiled[key] = compiled
+        else:
+            compiled[grid](*pointers, *numbers, *flags.values(), *self.constants.values())
+
+
+launcher = functools.lru_cache(maxsize=1024)(_Launcher)
+_counters: dict[Any, Tensor] = {}  # zeros, by device and stream
+_graph_counters: dict[torch.device, Tensor] = {}  # zeros that no kernel has got yet
+
+
+def _arrivals(device: torch.device, count: int) -> Tensor:
+    """``count`` int32 zeros that a kernel leaves as zeros, to which no other kernel writes at the same time.
+
+    Those of a stream, whose kernels run one after another; each kernel of a CUDA graph, which may be replayed on
+    another stream, has its own.
+    """
+    count = triton.cdiv(count, 4) * 4  # 16 bytes
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        unused = _graph_counters.get(device, torch.empty(0))
+        if len(unused) < count:
+            return torch.zeros(count, dtype=torch.int32, device=device)  # in every replay
+        _graph_counters[device] = unused[count:]
+        return unused[:count]
+    if device.type == "cuda" and device not in _graph_counters:
+        _graph_counters[device] = torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=device)
+    key = device, torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    if key not in _counters or len(_counters[key]) < count:
+        _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    return _counters[key]
