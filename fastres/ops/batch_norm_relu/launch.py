@@ -10,9 +10,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.knobs import runtime as knobs
+from triton.runtime import driver
 
 # Programs that reduce a tensor: two for each of an H100's multiprocessors, whose registers hold two at a time.
 PROGRAMS = 264
+DTYPE, REST_OF_16 = operator.attrgetter("dtype"), (15).__and__
 GRAPH_COUNTERS = 1 << 16  # that the kernels of CUDA graphs share out
 
 
@@ -40,23 +43,20 @@ def tiling(rows: int, channels: int, channels_last: bool) -> Tiling:
 
 
 class _Launcher:
-    """The sizes, grids and options of the kernels for tensors of one shape and type, and the compiled kernels.
+    """The sizes, grids and options of the kernels for tensors of one shape, type and device, and the compiled kernels.
 
     Triton's own launch looks at every argument to find the compiled kernel, which takes longer than the launch. Here
     the types of the tensors and the flags are looked up.
     """
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, channels_last: bool) -> None:
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, channels_last: bool, device: int | None) -> None:
+        self.device = device
         batch, self.channels = shape[:2]
         self.rows = shape.numel() // self.channels
         self.shape = self.rows, self.channels, self.rows // batch
         self.tiling = tiling(self.rows, self.channels, channels_last)
-        self.constants = {
-            "channels_last": channels_last,
-            "dtype": tl.float64 if dtype == torch.float64 else tl.float32,
-            "block_rows": self.tiling.block_rows,
-            "block_channels": self.tiling.block_channels,
-        }
+        accumulator = tl.float64 if dtype == torch.float64 else tl.float32
+        self.constants = channels_last, accumulator, self.tiling.block_rows, self.tiling.block_channels
         tiles = triton.cdiv(self.rows, self.tiling.block_rows)
         across = triton.cdiv(self.channels, self.tiling.block_channels)
         self.channel_grid = across, 1, 1
@@ -70,18 +70,20 @@ class _Launcher:
         first, second = like.new_empty(2, self.tiling.splits, self.channels).unbind()
         return first, second, _arrivals(like.device, self.channel_grid[0])
 
-    def __call__(self, kernel, grid, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], **flags: bool) -> None:
-        """``kernel``, whose parameters are tensors, numbers, flags and the constants, in this order."""
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        key = kernel, tensors[0].device, *flags.values(), *[tensor.dtype for tensor in tensors]
-        compiled = self.compiled.get(key)
-        unaligned = functools.reduce(operator.or_, pointers) % 16  # Triton compiles another kernel
-        if compiled is None or unaligned:
-            compiled = kernel[grid](*tensors, *numbers, **flags, **self.constants, num_warps=self.tiling.num_warps)
+    def __call__(self, kernel, grid, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], flags: tuple[bool, ...]):
+        """Launches ``kernel``, whose parameters are tensors, numbers, flags and the constants, in this order."""
+        pointers = tuple(map(Tensor.data_ptr, tensors))
+        unaligned = max(map(REST_OF_16, pointers))  # for such pointers Triton compiles another kernel
+        key = kernel.fn, *flags, *map(DTYPE, tensors)  # a JITFunction is slow to hash
+        found = self.compiled.get(key)
+        if found is None or unaligned or knobs.launch_enter_hook.calls:
+            compiled = kernel[grid](*tensors, *numbers, *flags, *self.constants, num_warps=self.tiling.num_warps)
             if not unaligned and compiled is not None:  # the interpreter compiles nothing
-                self.compiled[key] = compiled
+                self.compiled[key] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
         else:
-            compiled[grid](*pointers, *numbers, *flags.values(), *self.constants.values())
+            run, handles = found
+            stream = driver.active.get_current_stream(self.device)
+            run(*grid, stream, *handles, *pointers, *numbers, *flags, *self.constants)
 
 
 launcher = functools.lru_cache(maxsize=1024)(_Launcher)

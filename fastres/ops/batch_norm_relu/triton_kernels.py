@@ -362,24 +362,24 @@ def forward(
         if training and num_batches_tracked is not None:
             num_batches_tracked.add_(1)
         return y, mean.zero_(), var.zero_()
-    launch = launcher(x.shape, x.dtype, channels_last)
+    launch = launcher(x.shape, x.dtype, channels_last, x.device.index)
     affine = _affine_parameters(x, weight, bias)
     inputs = x, x if residual is None else dense(residual, channels_last), *affine
-    flags = {"has_residual": residual is not None, "relu": relu}
+    flags = residual is not None, relu
     running = [t.contiguous() for t in (running_mean, running_var) if t is not None]
     if not training:
-        launch(normalize, launch.tile_grid, (*inputs, *running, y), (*launch.shape, eps), **flags)
+        launch(normalize, launch.tile_grid, (*inputs, *running, y), (*launch.shape, eps), flags)
         return y, mean, var
     counter = mean if num_batches_tracked is None else num_batches_tracked
     updated = mean, var, *(running or (mean, var)), counter
-    given = {"has_running": bool(running), "has_counter": num_batches_tracked is not None}
+    given = bool(running), num_batches_tracked is not None
     if launch.tiling.single_pass:
         tensors, numbers = (*inputs, y, *updated), (*launch.shape, eps, momentum)
-        launch(forward_once, launch.channel_grid, tensors, numbers, **flags, **given)
+        launch(forward_once, launch.channel_grid, tensors, numbers, (*flags, *given))
     else:
         parts = launch.parts(mean)
-        launch(split_moments, launch.split_grid, (x, *parts, *updated), (*launch.split_shape, momentum), **given)
-        launch(normalize, launch.tile_grid, (*inputs, mean, var, y), (*launch.shape, eps), **flags)
+        launch(split_moments, launch.split_grid, (x, *parts, *updated), (*launch.split_shape, momentum), given)
+        launch(normalize, launch.tile_grid, (*inputs, mean, var, y), (*launch.shape, eps), flags)
     for old, new in zip((running_mean, running_var), running, strict=False):
         if old is not None and old is not new:  # not contiguous
             old.copy_(new)
@@ -408,19 +408,19 @@ def backward(
     dweight, dbias = new_statistics(x)
     if x.numel() == 0:
         return dx, dz, dweight.zero_(), dbias.zero_()
-    launch = launcher(x.shape, x.dtype, channels_last)
+    launch = launcher(x.shape, x.dtype, channels_last, x.device.index)
     constants = *_affine_parameters(x, weight, bias), mean.contiguous(), var.contiguous()
     twin = grad if twin_grad is None else dense(twin_grad, channels_last)
     inputs = grad, twin, x, x if output is None else dense(output, channels_last), *constants
-    flags = {"has_twin": twin_grad is not None, "has_residual": output is not None, "relu": relu}
+    flags = twin_grad is not None, output is not None, relu
     tensors: tuple[Tensor, ...]
     if launch.tiling.single_pass:
         tensors = *inputs, dx, dz, dweight, dbias
-        launch(backward_once, launch.channel_grid, tensors, (*launch.shape, eps), **flags, training=training)
+        launch(backward_once, launch.channel_grid, tensors, (*launch.shape, eps), (*flags, training))
         return dx, dz, dweight, dbias
     tensors = *inputs, dz, *launch.parts(dweight), dweight, dbias
-    launch(split_sums, launch.split_grid, tensors, (*launch.split_shape, eps), **flags)
+    launch(split_sums, launch.split_grid, tensors, (*launch.split_shape, eps), flags)
     dy, relu = (grad, relu) if output is None else (dz, False)
     tensors = dy, x, *constants, dweight, dbias, dx
-    launch(input_gradient, launch.tile_grid, tensors, (*launch.shape, eps), relu=relu, training=training)
+    launch(input_gradient, launch.tile_grid, tensors, (*launch.shape, eps), (relu, training))
     return dx, dz, dweight, dbias
