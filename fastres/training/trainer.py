@@ -14,6 +14,7 @@ from fastres.config import TrainConfig
 from fastres.data import Loader
 from fastres.errors import RunError
 from fastres.training import distributed
+from fastres.training.casts import with_cast_weights
 from fastres.training.cuda_graph import Step, captured
 from fastres.training.epoch import Epoch, Evaluation
 from fastres.training.optimizer import create_optimizer, set_lr, state_tensors
@@ -77,6 +78,8 @@ class Trainer:
         self.predict = self.forward = compiled(self.model, config)
         if distributed.world_size() > 1:
             self.forward = compiled(DistributedDataParallel(self.model), config)
+        elif device.type == "cuda" and config.amp != "off" and not config.compile:  # a compiler fuses the casts itself
+            self.forward = with_cast_weights(self.model, AMP_DTYPES[config.amp])
         self.replay: Step | None = None  # the step as a CUDA graph
         self.losses: list[torch.Tensor] = []  # of the first steps of the run
         self.waits: list[tuple[Mark, Mark]] = []  # start and end of each wait for a batch since the last settle
