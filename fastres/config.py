@@ -126,6 +126,12 @@ class TrainConfig:
         "Data", "part of the training set to hold out and select the best epoch on; 0: none", 0.0, interval="[0, 1)"
     )
     loader: str = flag("Data", "auto: dali where it imports", "auto", ("auto", "dali", "eager"))
+    decode: str = flag(
+        "Data",
+        "image files: once, when the loader starts, or in every epoch; auto: once with dali, every-epoch with eager",
+        "auto",
+        ("auto", "once", "every-epoch"),
+    )
     workers: int = flag("Data", "threads (dali) or processes (eager) that prepare batches", 2, interval="[1, 1024]")
 
     epochs: int = flag("Optimization", "training epochs; digits: 7", 30, interval=f"[1, {INT32_MAX}]")

@@ -47,6 +47,7 @@ from fastres.training.hardware import choose_device, resolve, steps_per_epoch, t
 from fastres.training.trainer import AMP_DTYPES, explain_out_of_memory
 
 BATCH_SIZES = {"cuda": 128, "cpu": 32}  # the studies' 128 takes a CPU longer than one waits for a profile
+COMPILE_ON_CPU = "takes minutes on a CPU; --compile measures it"
 MIN_STEPS = {"cuda": 20, "cpu": 2}  # of a round; the eager loader prefetches 4 batches
 TRAINING: dict[str, Any] = TrainConfig.__dataclass_fields__  # a field taken from it has the same flag and default here
 
@@ -67,6 +68,7 @@ class ProfileConfig:
     augmentation: str = flag(
         "Data", f"steps for training images, joined by dashes: any of {', '.join(STEPS)}; or none", "crop-flip"
     )
+    decode: str = TRAINING["decode"]
     workers: int = TRAINING["workers"]
 
     batch_size: int | None = flag("Engine", "training images a step; auto: 128 on CUDA, 32 on a CPU", None)
@@ -235,7 +237,7 @@ def plan_rows(compile: bool | None, defaults: TrainConfig) -> tuple[list[tuple[s
         ("AMP", {"amp": defaults.amp}, "this CPU has no bf16"),
         ("DALI loader", {"loader": defaults.loader}, "DALI does not import"),
         ("fused operator", {"fused": defaults.fused}, "its kernels are missing"),
-        ("compile", {"compile": compile_too}, "takes minutes on a CPU; --compile measures it"),
+        ("compile", {"compile": compile_too}, "--no-compile" if compile is False else COMPILE_ON_CPU),
     ):
         changed = replace(current, **change)
         if changed == current:

@@ -1,8 +1,8 @@
 """A stand-in for a GPU, so that code that only a GPU reaches runs on a machine without one.
 
-`torch.device("cuda")` stands for the CPU: tensors that are made there, or moved there, stay in the CPU's memory. Streams,
-events and graphs are recorded in `log`, in the order in which they are used, and work is done at once. A graph is
-captured by noting the operators that run, and replayed by running them again into the memory of their first results.
+`torch.device("cuda")` stands for the CPU: tensors that are made there, or moved there, stay in the CPU's memory.
+Streams, events and graphs are recorded in `log`, in the order in which they are used, and work is done at once. A graph
+is captured by noting the operators that run, and replayed by running them again into the memory of their first results.
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from nvidia.dali import fn
+from nvidia.dali.data_node import DataNode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fastres.data import dali
 
 log: list[str] = []
 PLAIN_AUTOCAST = torch.autocast
@@ -117,6 +121,19 @@ def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
     return PLAIN_AUTOCAST(on_cpu(device_type), *args, **kwargs)
 
 
+def without_device(function: Any) -> Any:
+    """DALI's ``function`` on the CPU, with its device noted."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        for name in ("device", "device_id"):
+            if name in options:
+                log.append(f"dali.{function.__name__} {options[name]}")
+                options[name] = "cpu" if name == "device" else None
+        return function(*args, **options)
+
+    return call
+
+
 def memory(*_: Any) -> int:
     return 2**20
 
@@ -154,5 +171,10 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for name, value in REPLACED.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "autocast", autocast)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)  # pinned memory would need one
+    for place, name in ((fn, "external_source"), (fn.decoders, "image")):
+        monkeypatch.setattr(place, name, without_device(getattr(place, name)))
+    monkeypatch.setattr(DataNode, "gpu", lambda node: log.append("dali.gpu") or node)
+    monkeypatch.setattr(dali, "Pipeline", without_device(dali.Pipeline))
     with CudaIsCpu():
         yield log

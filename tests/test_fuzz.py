@@ -332,7 +332,7 @@ def test_image_files(tmp_path_factory, data):
     if dataset.skipped_images:
         with pytest.raises(UserError, match=r"train/one/\d.jpg[^\n]*; replace or remove them"):
             load_dataset("folder", root)
-    pixels = decode(dataset.train, 1).astype(int)
+    pixels = decode(dataset.train, 1, torch.device("cpu")).astype(int)
     for image, content in zip(pixels, dataset.train.images, strict=True):
         with warnings.catch_warnings(action="ignore"):
             eager = decode_image(content).resize((32, 32), Image.Resampling.BILINEAR)

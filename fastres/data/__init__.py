@@ -46,7 +46,11 @@ class PlanLoader:
         device: where the batches are used. DaliLoader puts them there; EagerLoader leaves them on the CPU, in pinned
             memory for CUDA.
         workers: threads (DaliLoader) or processes (EagerLoader) that prepare batches.
+        decode: image files are decoded ``once``, at construction, and kept as 3 KiB of pixels each, or in
+            ``every-epoch``; ``auto``: once by DaliLoader, in every epoch by EagerLoader.
     """
+
+    default_decode: str
 
     def __init__(
         self,
@@ -58,12 +62,14 @@ class PlanLoader:
         std: tuple[float, float, float] = CIFAR10_STD,
         device: torch.device | str = "cpu",
         workers: int = 2,
+        decode: str = "auto",
     ) -> None:
         self.split = data if isinstance(data, Split) else _split(*map(np.asarray, data))
         self.plan_of_epoch, self.batch_size = plan_of_epoch, batch_size
         self.mean, self.std = mean, std
         self.device, self.workers = torch.device(device), workers
         self.num_batches = -(-len(plan_of_epoch(0)) // batch_size)
+        self.decode = self.default_decode if decode == "auto" else decode
         self._set_up()
 
     def _set_up(self) -> None:
@@ -95,6 +101,11 @@ def choose_loader(name: str) -> tuple[str, str]:
         mend = "pip install nvidia-dali-cuda130" if isinstance(error, ImportError) else "take --loader eager"
         raise UserError(f"--loader dali: DALI does not import ({first_line(error)}); {mend}") from error
     return "dali", "asked for" if name == "dali" else "DALI imports"
+
+
+def pixels_on_gpu(images: int, device: torch.device) -> bool:
+    """Whether DaliLoader keeps the pixels of so many images on ``device``: on a GPU with four times the memory free."""
+    return device.type == "cuda" and 4 * images * 3 * IMAGE_SIZE**2 <= torch.cuda.mem_get_info(device)[0]
 
 
 def create_loader(name: str, *args: Any, **options: Any) -> Loader:

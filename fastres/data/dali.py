@@ -1,20 +1,24 @@
 """The default loader: DALI pipelines, for CPU and GPU, that apply the epoch plan to whole batches."""
 
+import io
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.data_node import DataNode
 from PIL import Image
 
-from fastres.data import Batch, PlanLoader
+from fastres.data import Batch, PlanLoader, pixels_on_gpu
 from fastres.data.image_folder import decode_image
 from fastres.data.plan import CUTOUT_SIZE, EpochPlan
 from fastres.data.splits import IMAGE_SIZE, Split
 
+Images = np.ndarray | torch.Tensor | list[np.ndarray]  # pixels uint8 [N, 32, 32, 3], on a GPU if a tensor; or files
 MAX_BATCHES_IN_FLIGHT = 8  # that the GPU may still read; then the host waits
 DECODE_BATCH, DECODE_BATCH_LARGE = 512, 16  # 32x32 images; images of up to MAX_PIXELS
 
@@ -22,16 +26,23 @@ DECODE_BATCH, DECODE_BATCH_LARGE = 512, 16  # 32x32 images; images of up to MAX_
 class DaliLoader(PlanLoader):
     """Applies the plan with DALI, in ``workers`` threads and, for CUDA, on the device.
 
-    Batches are on ``device``, the images in channels-last memory. Encoded images are decoded (and resized) once, at
-    construction, by the CPU, and kept as 3 KiB of pixels each. The pipeline prefetches, also across the end of an
-    epoch, so that the next epoch's first batch is ready when it is needed.
+    Batches are on ``device``, the images in channels-last memory. Image files are decoded (and resized) there, too; the
+    pixels stay on a GPU where they take at most a quarter of its free memory. The pipeline prefetches, also across the
+    end of an epoch, so that the next epoch's first batch is ready when it is needed.
     """
 
     starts_anew = False
+    default_decode = "once"
 
     def _set_up(self) -> None:
-        if self.split.encoded:
-            self.split = Split(decode(self.split, self.workers), self.split.labels)
+        split = self.split
+        self.images: Images = split.images
+        if split.encoded and self.decode == "every-epoch":
+            self.images = accepted(split, self.workers, self.device)
+        elif split.encoded:
+            self.images = decode(split, self.workers, self.device)
+        elif pixels_on_gpu(len(split), self.device):
+            self.images = torch.from_numpy(np.asarray(split.images)).to(self.device)
         self.pipeline: Pipeline | None = None
         self.upcoming = 0, 0  # epoch and batch that the pipeline gives next
         self.in_flight: deque[tuple[torch.cuda.Event, Batch]] = deque()  # what the GPU may still read
@@ -70,44 +81,47 @@ class DaliLoader(PlanLoader):
 
     def _build(self, epoch: int, first_batch: int) -> Pipeline:
         """A pipeline whose first batch is ``first_batch`` of ``epoch``."""
-        plan = self.plan_of_epoch(epoch)
+        encoded, on_gpu = isinstance(self.images, list), isinstance(self.images, torch.Tensor)
+        plan_of_epoch = lru_cache(maxsize=1)(self.plan_of_epoch)
         columns = {  # dtype, ndim and layout of a sample
-            "images": (types.UINT8, 3, "HWC"),
             "labels": (types.INT64, 0, None),
             "crop": (types.INT32, 1, None),
             "flip": (types.INT32, 0, None),
             "cutout": (types.FLOAT, 1, None),
             "erasing": (types.FLOAT, 1, None),
         }
-        for name, column in vars(plan).items():
-            if column is None:
-                del columns[name]
-        dtypes, ndims, layouts = zip(*columns.values(), strict=True)
+        columns = {
+            name: column for name, column in columns.items() if getattr(plan_of_epoch(epoch), name, 0) is not None
+        }
 
-        # The source must not refer to this loader: in a cycle of references the pipeline would outlive it, until the
-        # garbage collector finds it, perhaps in a forked process where the pipeline's threads do not exist.
-        source = _PlannedBatches(
-            arrays={"images": np.asarray(self.split.images), "labels": self.split.labels},
-            columns=list(columns),
-            plan_of_epoch=lru_cache(maxsize=1)(self.plan_of_epoch),
-            first=epoch * self.num_batches + first_batch,
-            num_batches=self.num_batches,
-            batch_size=self.batch_size,
-        )
+        def source(names: Sequence[str], device: str, *kinds: Sequence[object]) -> Sequence[DataNode]:
+            # It must not refer to this loader: in a cycle of references the pipeline would outlive it, until the
+            # garbage collector finds it, perhaps in a forked process where the pipeline's threads do not exist.
+            batches = _PlannedBatches(
+                arrays={"images": self.images, "labels": self.split.labels},
+                columns=names,
+                plan_of_epoch=plan_of_epoch,
+                first=epoch * self.num_batches + first_batch,
+                num_batches=self.num_batches,
+                batch_size=self.batch_size,
+            )
+            dtype, ndim, layout = map(list, zip(*kinds, strict=True))
+            return fn.external_source(
+                batches, len(names), batch=True, device=device, dtype=dtype, ndim=ndim, layout=layout
+            )
+
         pipeline = _pipeline(self.batch_size, self.device, self.workers)
         with pipeline:
-            arrays = fn.external_source(
-                source=source,
-                num_outputs=len(columns),
-                batch=True,
-                dtype=list(dtypes),
-                ndim=list(ndims),
-                layout=list(layouts),
-            )
-            batch = dict(zip(columns, arrays, strict=True))
-            images, labels = batch["images"], batch["labels"]
+            batch = dict(zip(columns, source(list(columns), "cpu", *columns.values()), strict=True))
+            image = (types.UINT8, 1, None) if encoded else (types.UINT8, 3, "HWC")
+            (images,) = source(["images"], "gpu" if on_gpu else "cpu", image)
+            labels = batch["labels"]
+            if encoded:
+                images = _decoded(images, self.split.resize, self.device)
+            elif self.device.type == "cuda" and not on_gpu:
+                images = images.gpu()
             if self.device.type == "cuda":
-                images, labels = images.gpu(), labels.gpu()
+                labels = labels.gpu()
             if "crop" in batch:
                 images = fn.slice(
                     images,
@@ -146,62 +160,103 @@ class DaliLoader(PlanLoader):
 class _PlannedBatches:
     """DALI's source: called with the number of a batch since the pipeline was built, it returns the batch's columns.
 
-    arrays: columns with a row for each image of the split.
+    arrays: columns with a row for each image of the split; a tensor's batches are gathered on its device.
     columns: names of these and of the plan's columns, in the order in which they are returned.
     first: number of the pipeline's first batch, counted from the start of epoch 0.
     """
 
-    arrays: dict[str, np.ndarray]
-    columns: list[str]
+    arrays: dict[str, Images]
+    columns: Sequence[str]
     plan_of_epoch: Callable[[int], EpochPlan]
     first: int
     num_batches: int
     batch_size: int
+    uploaded: tuple[np.ndarray, torch.Tensor] | None = None  # an epoch's order, on the host and on the GPU
 
     def __call__(self, iteration: int) -> tuple[np.ndarray, ...]:
         epoch, batch = divmod(self.first + iteration, self.num_batches)
         plan = self.plan_of_epoch(epoch)
         rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-        index = plan.order[rows]
         return tuple(
-            self.arrays[name][index] if name in self.arrays else getattr(plan, name)[rows] for name in self.columns
+            self._gather(self.arrays[name], plan.order, rows) if name in self.arrays else getattr(plan, name)[rows]
+            for name in self.columns
         )
 
+    def _gather(self, array: Images, order: np.ndarray, rows: slice) -> Any:
+        if isinstance(array, list):
+            return [array[i] for i in order[rows]]
+        if isinstance(array, np.ndarray):
+            return array[order[rows]]
+        if self.uploaded is None or self.uploaded[0] is not order:  # once an epoch
+            self.uploaded = order, torch.from_numpy(order).to(array.device)
+        return array[self.uploaded[1][rows]]
 
-def decode(split: Split, workers: int) -> np.ndarray:
-    """The pixels of an encoded split, uint8 ``[N, 32, 32, 3]``.
 
-    DALI's CPU decoder agrees with Pillow's to within 3 of 255 levels for JPEG. DALI is stricter about damage; Pillow
+def decode(split: Split, workers: int, device: torch.device) -> np.ndarray | torch.Tensor:
+    """The pixels of an encoded split, uint8 ``[N, 32, 32, 3]``, on a GPU if they are to stay there.
+
+    DALI's decoders agree with Pillow's to within 3 of 255 levels for JPEG. DALI is stricter about damage; Pillow
     decodes the batches that it refuses.
     """
-    pixels = np.empty((len(split), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    shape, keep = (len(split), IMAGE_SIZE, IMAGE_SIZE, 3), pixels_on_gpu(len(split), device)
+    pixels = torch.empty(shape, dtype=torch.uint8, device=device if keep else "cpu")
+    for rows, images in _decoded_batches(split, workers, device):
+        if images is None:
+            size = (IMAGE_SIZE, IMAGE_SIZE)
+            files = (decode_image(file).resize(size, Image.Resampling.BILINEAR) for file in split.images[rows])
+            images = torch.from_numpy(np.stack([np.asarray(image) for image in files]))
+        pixels[rows] = images.to(pixels.device)
+    return pixels if keep else pixels.numpy()
+
+
+def accepted(split: Split, workers: int, device: torch.device) -> list[np.ndarray]:
+    """The files of an encoded split; where DALI refuses a batch, as PNG files of what Pillow decodes."""
+    files: list[np.ndarray] = list(split.images)
+    for rows, images in _decoded_batches(split, workers, device):
+        if images is None:
+            for i in range(*rows.indices(len(files))):
+                png = io.BytesIO()
+                decode_image(files[i]).save(png, "PNG")
+                files[i] = np.frombuffer(png.getbuffer(), np.uint8)
+    return files
+
+
+def _decoded_batches(split: Split, workers: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor | None]]:
+    """Rows of an encoded split and their pixels, until DALI reuses the memory; None for files that it refuses."""
     batch_size = DECODE_BATCH_LARGE if split.resize else DECODE_BATCH
     batches = [slice(start, start + batch_size) for start in range(0, len(split), batch_size)]
     pipeline: Pipeline | None = None
-    for i, batch in enumerate(batches):
-        pipeline = pipeline or _decoder(split, batches[i:], workers)
+    for i, rows in enumerate(batches):
         try:
+            pipeline = pipeline or _decoder(split, batches[i:], workers, device)
             (images,) = pipeline.run()
-            pixels[batch] = images.as_array()
         except RuntimeError:
             pipeline = None  # unusable after an error
-            images = (decode_image(file) for file in split.images[batch])
-            size = (IMAGE_SIZE, IMAGE_SIZE)
-            pixels[batch] = [np.asarray(image.resize(size, Image.Resampling.BILINEAR)) for image in images]
-    return pixels
+            yield rows, None
+        else:
+            yield rows, torch.from_dlpack(images.as_tensor())
 
 
-def _decoder(split: Split, batches: list[slice], workers: int) -> Pipeline:
+def _decoder(split: Split, batches: list[slice], workers: int, device: torch.device) -> Pipeline:
     """A pipeline that decodes ``batches``, one at a time; the first is the largest."""
-    pipeline = _pipeline(batches[0].stop - batches[0].start, torch.device("cpu"), workers)
+    pipeline = _pipeline(batches[0].stop - batches[0].start, device, workers)
     with pipeline:
         files = fn.external_source(source=(split.images[batch] for batch in batches), dtype=types.UINT8, ndim=1)
-        images = fn.decoders.image(files, device="cpu", output_type=types.RGB)
-        if split.resize:
-            images = fn.resize(images, size=[IMAGE_SIZE, IMAGE_SIZE], interp_type=types.INTERP_LINEAR)
-        pipeline.set_outputs(images)
+        pipeline.set_outputs(_decoded(files, split.resize, device))
     pipeline.build()
     return pipeline
+
+
+def _decoded(files: DataNode, resize: bool, device: torch.device) -> DataNode:
+    """Pixels of 32x32 images from files: on a GPU by nvJPEG, with the same upsampling of colours as on a CPU."""
+    images = fn.decoders.image(
+        files,
+        device="mixed" if device.type == "cuda" else "cpu",
+        output_type=types.RGB,
+        jpeg_fancy_upsampling=True,
+        hw_decoder_load=0.0,
+    )
+    return fn.resize(images, size=[IMAGE_SIZE] * 2, interp_type=types.INTERP_LINEAR) if resize else images
 
 
 def _pipeline(batch_size: int, device: torch.device, workers: int) -> Pipeline:

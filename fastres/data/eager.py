@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -31,6 +32,15 @@ class EagerLoader(PlanLoader):
     """
 
     starts_anew = True
+    default_decode = "every-epoch"
+
+    def _set_up(self) -> None:
+        if self.split.encoded and self.decode == "once":
+            self.split = Split(np.stack([self._pixels(file) for file in self.split.images]), self.split.labels)
+
+    def _pixels(self, file: np.ndarray) -> np.ndarray:
+        image = decode_image(file)
+        return np.asarray(F.resize(image, [IMAGE_SIZE, IMAGE_SIZE]) if self.split.resize else image)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``epoch`` from ``first_batch`` on, both counted from 0."""

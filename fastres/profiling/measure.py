@@ -186,6 +186,7 @@ def planned_loader(config: TrainConfig, dataset: Dataset, steps: int) -> Loader:
         std=dataset.std,
         device=torch.device(config.device),
         workers=config.workers,
+        decode=config.decode,
     )
 
 

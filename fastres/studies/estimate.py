@@ -16,7 +16,15 @@ from fastres.studies.plan import PlannedRun
 from fastres.training.hardware import tune_libraries
 from fastres.training.run import Run
 
-SPEED_SETTINGS = ("model", "batch_size", "augmentation", "device", "workers", *ENGINE)  # decide the images a second
+SPEED_SETTINGS = (
+    "model",
+    "batch_size",
+    "augmentation",
+    "device",
+    "decode",
+    "workers",
+    *ENGINE,
+)  # decide the images a second
 MEASURED_STEPS = 2  # of each model
 
 

@@ -290,6 +290,7 @@ class Run:
             std=self.dataset.std,
             device=self.device,
             workers=self.config.workers,
+            decode=self.config.decode,
         )
 
     def _evaluation_loader(self, split: Split) -> Loader:

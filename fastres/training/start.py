@@ -19,7 +19,7 @@ from fastres.training.run import Run
 
 # what may differ between a checkpoint and the run that goes on from it, and between a run and its evaluation
 RESUMABLE = {
-    "data_dir", "device", "loader", "workers", "fused", "compile", "compile_mode", "cuda_graphs", "epochs",
+    "data_dir", "device", "loader", "decode", "workers", "fused", "compile", "compile_mode", "cuda_graphs", "epochs",
     "eval_batch_size", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps", "target_accuracy", "select",
     "price_per_hour",
 }  # fmt: skip

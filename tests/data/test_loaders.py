@@ -21,6 +21,7 @@ from tests.conftest import write_folder
 
 LOADERS = ("dali", "eager")
 AUGMENTATIONS = ("none", "crop-flip", "crop-flip-cutout", "erasing", "-".join(STEPS))
+CPU = torch.device("cpu")
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
@@ -268,10 +269,27 @@ def test_what_comes_after_a_refused_image_is_not_displaced(arrays, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-12])
     split = folder(root).train
     eager = (decode_image(content).resize((32, 32), Image.Resampling.BILINEAR) for content in split.images)
-    pixels = decode(split, workers=1).astype(int)
+    pixels = decode(split, 1, CPU).astype(int)
     assert len(pixels) > 3 * DECODE_BATCH_LARGE
     for ours, theirs in zip(pixels, eager, strict=True):
         assert abs(ours - np.asarray(theirs)).mean() < 3
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("size", [32, 48])
+def test_decoding_once_is_decoding_in_every_epoch(name, size, arrays, tmp_path):
+    root = write_folder(tmp_path, arrays, ".png", size)
+    if size == 32:  # where DALI refuses a file, a resized one may differ by rounding
+        damaged = root / "train/dark/0040.png"
+        damaged.write_bytes(damaged.read_bytes()[:-12])
+    split = folder(root).train
+    plan_of_epoch = partial(training_plan, 5, num_images=60, augmentation="crop-flip")
+    once, every = (
+        [epoch_of(make_loader(name, split, plan_of_epoch, arrays, decode=decode), epoch) for epoch in (0, 1)]
+        for decode in ("once", "every-epoch")
+    )
+    for ours, theirs in zip(once, every, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_the_largest_image_is_resized_alike(tmp_path):

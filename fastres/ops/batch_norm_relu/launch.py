@@ -106,7 +106,7 @@ def _arrivals(device: torch.device, count: int) -> Tensor:
         return unused[:count]
     if device.type == "cuda" and device not in _graph_counters:
         _graph_counters[device] = torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=device)
-    key = device, torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    key = device, driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
     if key not in _counters or len(_counters[key]) < count:
         _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
     return _counters[key]
