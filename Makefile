@@ -1,5 +1,6 @@
 # make train   set up if needed, then train (ARGS="--model vgg16 --dataset cifar10" passes flags on)
 # make test    set up if needed, then run the whole test suite
+# make doctor  set up if needed, then check every fast part on this machine
 # make bench   set up if needed, then run the benchmarks into benchmarks/results/
 # make setup   set up, also where that is done already: after another torch or a compiler was installed
 # make results render the README's tables from benchmarks/results/
@@ -10,13 +11,16 @@ BIN := .venv/bin
 MACHINE := $(shell (nvidia-smi --query-gpu=name --format=csv,noheader || sed -n 's/^model name.*: //p' /proc/cpuinfo) \
 	2>/dev/null | head -n 1 | tr -cs 'A-Za-z0-9\n' -)
 
-.PHONY: train test bench results setup
+.PHONY: train test doctor bench results setup
 
 train: .venv/ready
 	$(BIN)/python -m fastres.train $(ARGS)
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+doctor: .venv/ready
+	$(BIN)/python -m fastres.doctor
 
 bench: .venv/ready
 	$(BIN)/python -m pytest --benchmark-only \

@@ -1,4 +1,4 @@
-"""The command ``fastres``: train, profile, compare, study."""
+"""The command ``fastres``: train, profile, compare, study, doctor."""
 
 import importlib
 import sys
@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "train a model, or evaluate a finished run again",
     "profile": "measure what each step from eager PyTorch to fastres gains",
     "compare": "tell whether groups of runs differ, and what they cost",
+    "doctor": "check every fast part on this machine",
     "study": "train all runs of a study and write its report",
 }
 

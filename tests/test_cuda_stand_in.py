@@ -15,6 +15,7 @@ from fastres.models import create_model
 from fastres.ops.batch_norm_relu import launch
 from fastres.profiling import roofline
 from fastres.profiling.measure import interleave
+from fastres.training import selfcheck
 from tests import cuda_stand_in
 from tests.training.test_trainer import make_trainer, random_batches, train_epoch
 
@@ -129,3 +130,30 @@ def test_a_profile(log, tmp_path, tiny_vgg11, monkeypatch):
     names = [row["name"] for row in result["candidates"]]
     assert names == ["eager", "+ channels-last", "+ AMP", "+ DALI loader", "+ fused operator", "fastres"]
     assert "replay" in log
+
+
+@pytest.mark.parametrize(
+    ("check", "flag", "without", "line"),
+    [
+        ("operator", "--fused", "--no-fused", "fused off (the check of operator"),
+        ("cuda-graph", "--cuda-graphs", "--no-cuda-graphs", "CUDA graphs off (the check of cuda-graph"),
+        ("loaders", "--loader dali", "--loader eager", "loader eager (the check of loaders"),
+    ],
+)
+def test_a_part_with_a_fault_is_left_out_or_refused(check, flag, without, line, log, tmp_path, tiny_vgg11, command_line,
+                                                    monkeypatch):  # fmt: skip
+    fault = f"the check of {check} on this machine failed: differs"
+    monkeypatch.setattr(selfcheck, "faults", lambda device: {check: fault})
+    flags = ("--model", "vgg11", "--dataset", "digits", "--device", "cuda", "--epochs", 1)
+    assert f"{flag}: {fault}; or take {without}" in command_line.one_line(*flags, *flag.split())
+    assert command_line(*flags, "--output-dir", tmp_path / "run") == 0
+    assert f"{line} on this machine failed: differs)" in command_line.out
+
+
+def test_the_check_of_graphs(log, monkeypatch):
+    monkeypatch.setattr(selfcheck, "STEPS", 3)
+    selfcheck.check_cuda_graph(torch.device("cuda"))
+    assert log.count("replay") == selfcheck.STEPS
+    monkeypatch.setattr(cuda_stand_in.Graph, "replay", lambda graph: None)
+    with pytest.raises(ArithmeticError, match="differs by"):
+        selfcheck.check_cuda_graph(torch.device("cuda"))

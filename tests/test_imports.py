@@ -17,10 +17,10 @@ LAYERS = (  # from the bottom; a module may import from its own layer and from t
     ("training", "profiling"),
     ("report", "trained"),
     ("studies.plan", "studies.estimate", "studies.execute"),
-    ("train", "study", "profile", "compare"),
+    ("train", "study", "profile", "compare", "doctor"),
     ("__main__",),
 )
-COMMANDS = {"train", "study", "profile", "compare"}
+COMMANDS = {"train", "study", "profile", "compare", "doctor"}
 
 
 def module_name(path: Path) -> str:

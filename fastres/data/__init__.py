@@ -89,8 +89,8 @@ def _split(images: np.ndarray, labels: np.ndarray) -> Split:
     return Split(images, labels.astype(np.int64))
 
 
-def choose_loader(name: str) -> tuple[str, str]:
-    """``dali`` or ``eager``, and the reason; a loader named explicitly is kept."""
+def choose_loader(name: str, fault: str = "") -> tuple[str, str]:
+    """``dali`` or ``eager``, and the reason; a loader named explicitly is kept. ``fault``: found by a check of DALI."""
     if name == "eager":
         return name, "asked for"
     try:
@@ -100,6 +100,10 @@ def choose_loader(name: str) -> tuple[str, str]:
             return "eager", f"DALI does not import: {first_line(error)}"
         mend = "pip install nvidia-dali-cuda130" if isinstance(error, ImportError) else "take --loader eager"
         raise UserError(f"--loader dali: DALI does not import ({first_line(error)}); {mend}") from error
+    if fault and name == "auto":
+        return "eager", fault
+    if fault:
+        raise UserError(f"--loader dali: {fault}; or take --loader eager")
     return "dali", "asked for" if name == "dali" else "DALI imports"
 
 

@@ -12,6 +12,7 @@ from fastres.data.datasets import DATASETS
 from fastres.data.splits import Dataset
 from fastres.errors import UserError
 from fastres.ops.batch_norm_relu import extension_error
+from fastres.training import selfcheck
 from fastres.training.distributed import local_device, world_size
 from fastres.training.memory import keep_freed_memory
 from fastres.training.schedule import SCHEDULES
@@ -50,8 +51,9 @@ def choose_amp(name: str, device: torch.device) -> tuple[str, str]:
     return "off", "the CPU has neither AMX nor AVX512-BF16"
 
 
-def choose_fused(wanted: bool | None, device: torch.device, sync_bn: bool) -> tuple[bool, str]:
-    """Whether norm, residual add and ReLU are the fused operator, which ``sync_bn`` needs.
+def choose_fused(wanted: bool | None, device: torch.device, sync_bn: bool, fault: str = "") -> tuple[bool, str]:
+    """Whether norm, residual add and ReLU are the fused operator, which ``sync_bn`` needs; ``fault`` is what a check of
+    it has found.
 
     Raises UserError where it is asked for and cannot run here.
     """
@@ -61,7 +63,7 @@ def choose_fused(wanted: bool | None, device: torch.device, sync_bn: bool) -> tu
         kernels, missing = "C++", extension_error
     else:  # Triton compiles what launches its kernels
         found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-        kernels, missing = "Triton", "" if found else "Triton finds no C compiler: install gcc or clang, or set CC"
+        kernels, missing = "Triton", fault if found else "Triton finds no C compiler: install gcc or clang, or set CC"
     if missing and sync_bn:
         raise UserError(f"--sync-bn: needs the fused operator: {missing}")
     if missing and wanted:
@@ -83,16 +85,23 @@ def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> tup
     return long_enough, f"{steps:,} steps, pays from about {COMPILE_STEPS:,}"
 
 
-def choose_cuda_graphs(wanted: bool | None, device: torch.device, compile_mode: str | None) -> tuple[bool, str]:
-    """Whether to capture the training step, if possible here; ``compile_mode`` is None without torch.compile."""
+def choose_cuda_graphs(
+    wanted: bool | None, device: torch.device, compile_mode: str | None, fault: str = ""
+) -> tuple[bool, str]:
+    """Whether to capture the training step, if possible here; ``compile_mode`` is None without torch.compile.
+
+    Raises UserError where it is asked for and a check has found a ``fault``.
+    """
     if device.type == "cpu":
         return False, "CPU"
     if compile_mode in GRAPH_MODES:
         return False, f"--compile-mode {compile_mode} has its own"
     if world_size() > 1:
         return False, "several processes"
-    if wanted is not None:
-        return wanted, "asked for"
+    if fault and wanted:
+        raise UserError(f"--cuda-graphs: {fault}; or take --no-cuda-graphs")
+    if fault or wanted is not None:
+        return bool(wanted), fault or "asked for"
     return True, "the GPU need not wait for Python"
 
 
@@ -122,10 +131,13 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
     steps = config.epochs * steps_per_epoch(config, images)
     device, device_why = choose_device(config.device)
     amp, amp_why = choose_amp(config.amp, device)
-    fused, fused_why = choose_fused(config.fused, device, config.sync_bn)
+    faults = selfcheck.faults(device)
+    fused, fused_why = choose_fused(config.fused, device, config.sync_bn, faults.get("operator", ""))
     compiled, compile_why = choose_compile(config.compile, device, steps)
-    cuda_graphs, graphs_why = choose_cuda_graphs(config.cuda_graphs, device, config.compile_mode if compiled else None)
-    loader, loader_why = choose_loader(config.loader)
+    cuda_graphs, graphs_why = choose_cuda_graphs(
+        config.cuda_graphs, device, config.compile_mode if compiled else None, faults.get("cuda-graph", "")
+    )
+    loader, loader_why = choose_loader(config.loader, faults.get("loaders", ""))
     warmup_epochs = config.warmup_epochs
     if warmup_epochs is None:
         warmup_epochs = SCHEDULES[config.schedule].default_warmup(config.epochs)
