@@ -131,7 +131,9 @@ def close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
 def run_check(name: str) -> str:
     """Runs a check in a process of its own, as a kernel that fails leaves CUDA useless. Returns the fault, or ""."""
     try:
-        done = subprocess.run([*COMMAND, name], capture_output=True, text=True, errors="replace", timeout=SECONDS)
+        done = subprocess.run(
+            [*COMMAND, name], capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS
+        )
     except subprocess.TimeoutExpired:
         return f"the check of {name} on this machine took longer than {SECONDS} s"
     if done.returncode == 0:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -324,6 +325,53 @@ def test_max_restarts(whole, tmp_path):
     restarted = torchrun(*flags, restarts=1, FAULT=f"1 {STEPS + 5} SIGKILL self")
     assert restarted.returncode == 0, restarted.stderr
     assert f"restart 1 of 1: goes on from {tmp_path / 'part/last.pt'}" in restarted.stdout
+    assert_same_run(whole, tmp_path / "part")
+
+
+@pytest.fixture
+def machines():
+    """Two network namespaces, joined by a cable."""
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces need root and iproute2")
+    names = [f"fastres-{os.getpid()}-{i}" for i in range(2)]
+    ends = [f"fr{os.getpid()}{i}"[:15] for i in range(2)]
+    commands = [f"netns add {name}" for name in names]
+    commands += [f"link add {ends[0]} netns {names[0]} type veth peer name {ends[1]} netns {names[1]}"]
+    for i, (name, end) in enumerate(zip(names, ends, strict=True)):
+        commands += [f"-n {name} addr add 10.99.7.{i + 1}/24 dev {end}"]
+        commands += [f"-n {name} link set {device} up" for device in ("lo", end)]
+    try:
+        for command in commands:
+            if subprocess.run(["ip", *command.split()], capture_output=True).returncode:
+                pytest.skip(f"ip {command} does not work here")
+        yield list(zip(names, ends, strict=True))
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def torchrun_on(machines, *arguments, fault=""):
+    """One process on each machine; returns the exit codes and the text of both."""
+    jobs = []
+    for number, (name, end) in enumerate(machines):
+        command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes=2"]
+        command += [f"--node-rank={number}", "--nproc-per-node=1", "--master-addr=10.99.7.1", "--master-port=29500"]
+        command += ["-m", "tests.training.tiny_job", *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": end, "FAULT": fault}
+        pipe = subprocess.PIPE
+        jobs.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True))
+    texts = [job.communicate(timeout=180)[0] for job in jobs]
+    return [job.returncode for job in jobs], texts
+
+
+def test_a_machine_that_dies_and_comes_back(machines, whole, tmp_path):
+    flags = (*FLAGS, "--output-dir", tmp_path / "part")
+    codes, texts = torchrun_on(machines, *flags, fault=f"1 {STEPS + 5} SIGKILL both")
+    assert codes[0] == 1
+    assert f"another process of this job died; its own message says why; --resume {tmp_path / 'part'}" in texts[0]
+    assert codes[1] == -9
+    codes, texts = torchrun_on(machines, "--resume", tmp_path / "part")
+    assert codes == [0, 0], texts
     assert_same_run(whole, tmp_path / "part")
 
 

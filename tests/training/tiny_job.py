@@ -1,7 +1,7 @@
 """fastres.train with the tiny model in vgg11's place, for torchrun, and with a fault where FAULT asks for one.
 
 ``FAULT="1 12 SIGKILL self"``: at its 12th step, on the first start of the job, rank 1 sends SIGKILL to itself;
-"torchrun" instead of "self" sends it to the process that started the job.
+"torchrun" instead of "self" sends it to the process that started the job, "both" to both.
 """
 
 import os
@@ -23,7 +23,8 @@ def arrange(rank: str, step: str, name: str, target: str) -> None:
         nonlocal taken
         taken += 1
         if taken == int(step):
-            os.kill(os.getpid() if target == "self" else os.getppid(), signal.Signals[name])
+            for process in {"self": [os.getpid()], "torchrun": [os.getppid()]}.get(target, [os.getppid(), os.getpid()]):
+                os.kill(process, signal.Signals[name])
         return take_step(*args)
 
     Trainer._step = faulty_step
@@ -31,6 +32,6 @@ def arrange(rank: str, step: str, name: str, target: str) -> None:
 
 if __name__ == "__main__":
     MODELS["vgg11"] = tiny_model
-    if "FAULT" in os.environ:
+    if os.environ.get("FAULT"):
         arrange(*os.environ["FAULT"].split())
     sys.exit(train.main())
