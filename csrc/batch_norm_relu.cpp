@@ -313,15 +313,11 @@ void check(const at::Tensor& x, const std::optional<at::Tensor>& like_x,
   for (const auto& tensor : per_channel) TORCH_CHECK(!tensor || tensor->numel() == x.size(1));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input,
-                                                       const std::optional<at::Tensor>& residual,
-                                                       const std::optional<at::Tensor>& weight,
-                                                       const std::optional<at::Tensor>& bias,
-                                                       const std::optional<at::Tensor>& running_mean,
-                                                       const std::optional<at::Tensor>& running_var,
-                                                       const std::optional<at::Tensor>& num_batches_tracked,
-                                                       bool training, double momentum, double eps,
-                                                       bool relu) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
+    const at::Tensor& input, const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& running_mean,
+    const std::optional<at::Tensor>& running_var, const std::optional<at::Tensor>& num_batches_tracked,
+    bool training, double momentum, double eps, bool relu) {
   check(input, residual, {weight, bias, running_mean, running_var});
   TORCH_CHECK(training || (running_mean && running_var), "evaluation needs running_mean and running_var");
   const bool channels_last = input.stride(1) == 1;
@@ -332,7 +328,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input,
   const auto y = at::empty_like(x);
   const auto mean = at::empty({training ? x.size(1) : 0}, options), var = at::empty_like(mean);
   if (training && num_batches_tracked) num_batches_tracked->add_(1);
-  if (x.numel() == 0) return {y, mean.zero_(), var.zero_()};
+  const auto mask = at::empty({0}, x.options().dtype(at::kInt));  // y is read instead
+  if (x.numel() == 0) return {y, mean.zero_(), var.zero_(), mask};
   const auto used_mean = training ? mean : *in_type(running_mean, options);
   const auto used_var = training ? var : *in_type(running_var, options);
 
@@ -366,7 +363,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input,
     if (running_mean) running_mean->mul_(1 - momentum).add_(mean, momentum);
     if (running_var) running_var->mul_(1 - momentum).add_(var, momentum * count / (count - 1));
   }
-  return {y, mean, var};
+  return {y, mean, var, mask};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(

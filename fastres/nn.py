@@ -146,7 +146,7 @@ class _SyncBatchNormReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, relu):  # type: ignore[no-untyped-def]
         # faster than torch.var_mean, and without a float32 copy
-        _, mean, var = torch.ops.fastres.batch_norm_relu(x, *[None] * 6, True, 0.0, eps, False)
+        _, mean, var, _ = torch.ops.fastres.batch_norm_relu(x, *[None] * 6, True, 0.0, eps, False)
         own = torch.cat([mean.new_full((1,), x.numel() // x.size(1)), mean, var])
         all_own = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(all_own, own)

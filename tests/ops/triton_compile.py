@@ -80,9 +80,9 @@ def call(shape, channels_last=True, has_residual=True, offset=0):
     residual = torch.empty_like(x) if has_residual else None
     weight, bias, *running = torch.empty(4, shape[1]).unbind()
     batches = torch.tensor(0)
-    y, mean, var = triton_kernels.forward(x, residual, weight, bias, *running, batches, True, 0.1, 1e-5, True)
-    output = y if has_residual else None
-    triton_kernels.backward(y, output, x, output, weight, bias, mean, var, True, 1e-5, True)
+    y, mean, var, mask = triton_kernels.forward(x, residual, weight, bias, *running, batches, True, 0.1, 1e-5, True)
+    twin, output = (y, mask if mask.numel() else y) if has_residual else (None, None)
+    triton_kernels.backward(y, twin, x, output, weight, bias, mean, var, True, 1e-5, True)
 
 
 @pytest.mark.parametrize("offset", [0, 1])

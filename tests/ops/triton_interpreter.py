@@ -7,7 +7,7 @@ import torch
 from fastres.ops.batch_norm_relu import triton_kernels
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
-SHAPES = [(2, 3, 5, 7), (4, 20, 3, 3), (2, 5, 1, 1), (3, 6, 40, 40), (9, 18, 12, 12)]
+SHAPES = [(2, 3, 5, 7), (4, 20, 3, 3), (2, 5, 1, 1), (3, 6, 40, 40), (9, 18, 12, 12), (9, 96, 15, 8)]
 
 
 def reference(x, residual, weight, bias, mean, var, training, eps, relu):
@@ -43,10 +43,11 @@ def test_agrees_with_float64(shape, dtype, channels_last, has_residual, relu, tr
     running_var = torch.rand(shape[1], dtype=statistics) + 0.5
     running = running_mean.clone(), running_var.clone()
     batches = torch.tensor(4)
-    y, mean, var = triton_kernels.forward(x, residual, weight, bias, *running, batches, training, 0.3, 1e-5, relu)
+    y, mean, var, mask = triton_kernels.forward(x, residual, weight, bias, *running, batches, training, 0.3, 1e-5, relu)
     if not training:
         mean, var = running
-    output = y if has_residual and relu else None
+    output = (mask if mask.numel() else y) if has_residual and relu else None
+    assert (mask.numel() > 0) == (channels_last and training and has_residual and relu and shape == SHAPES[-1])
     twin_grad = None if output is None else activation(memory_format)
     dx, dz, dweight, dbias = triton_kernels.backward(
         grad, twin_grad, x, output, weight, bias, mean, var, training, 1e-5, relu
@@ -89,7 +90,7 @@ def test_agrees_with_float64(shape, dtype, channels_last, has_residual, relu, tr
 def test_large_mean_and_small_variance(shape, std):
     torch.manual_seed(0)
     x = (torch.randn(shape) * std + 1e4).to(memory_format=torch.channels_last)
-    _, mean, var = triton_kernels.forward(x, *[None] * 6, True, 0.1, 1e-5, True)
+    _, mean, var, _ = triton_kernels.forward(x, *[None] * 6, True, 0.1, 1e-5, True)
     torch.testing.assert_close(mean.double(), x.double().mean([0, 2, 3]), rtol=1e-7, atol=0)
     torch.testing.assert_close(var.double(), x.double().var([0, 2, 3], correction=0), rtol=1e-3, atol=1e-12)
 
@@ -99,7 +100,7 @@ def test_large_mean_and_small_variance(shape, std):
 def test_what_is_not_finite_stays_in_its_channel(shape, value):
     x = torch.randn(shape)
     x[0, 1, 0, 0] = value
-    y, mean, _ = triton_kernels.forward(x, *[None] * 6, True, 0.1, 1e-5, True)
+    y, mean, *_ = triton_kernels.forward(x, *[None] * 6, True, 0.1, 1e-5, True)
     assert y[:, 1].isnan().all()
     torch.testing.assert_close(mean, x.mean([0, 2, 3]), equal_nan=True)
     assert y[:, [0, 2]].isfinite().all()

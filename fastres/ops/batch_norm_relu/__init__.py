@@ -21,15 +21,17 @@ __all__ = ["batch_norm_relu", "batch_norm_relu_twin"]
 library = torch.library.Library("fastres", "FRAGMENT")
 # When training, mean and var are those of x, the variance biased, and the running ones move towards them, the
 # variance unbiased; num_batches_tracked goes up by one. In evaluation mean and var are empty, and x is normalised with
-# the running ones.
+# the running ones. The mask has a bit for each element of y, whether ReLU let it pass, in words of 32 channels. It is
+# kept where a kernel reads it in place of y: on CUDA, in training, for large channels-last tensors with a residual.
 ARGUMENTS = (
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
     " Tensor(c!)? num_batches_tracked, bool training, float momentum, float eps, bool relu)"
 )
-library.define(f"batch_norm_relu{ARGUMENTS} -> (Tensor y, Tensor mean, Tensor var)")
+library.define(f"batch_norm_relu{ARGUMENTS} -> (Tensor y, Tensor mean, Tensor var, Tensor mask)")
 # Outputs that share memory are none that a kernel may have: this one is made of the other operator, above autograd.
-library.define(f"batch_norm_relu_twin{ARGUMENTS} -> (Tensor y, Tensor mean, Tensor var, Tensor twin)")
-# Mean and var are those that x was normalised with. The output is passed if there was a residual and ReLU was applied;
+library.define(f"batch_norm_relu_twin{ARGUMENTS} -> (Tensor y, Tensor mean, Tensor var, Tensor mask, Tensor twin)")
+# Mean and var are those that x was normalised with. The output is passed if there was a residual and ReLU was applied,
+# or its mask, if that was kept;
 # the gradient before ReLU, dz, is then the residual's, too, and otherwise it is empty. Only then may there be a second
 # gradient of the output, which is added to the first.
 library.define(
@@ -87,7 +89,7 @@ def batch_norm_relu(
             residual=residual, training=training, momentum=momentum, eps=eps, relu=relu,
             num_batches_tracked=num_batches_tracked,
         )  # fmt: skip
-    y, _, _ = torch.ops.fastres.batch_norm_relu(*arguments)
+    y, *_ = torch.ops.fastres.batch_norm_relu(*arguments)
     return y
 
 
@@ -97,7 +99,7 @@ def batch_norm_relu_twin(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     The backward pass reads the gradients of both and adds them as it goes, where autograd would first add them in a
     pass of its own. All arguments are to be given; it does not work under the transforms of `torch.func`.
     """
-    y, _, _, twin = torch.ops.fastres.batch_norm_relu_twin(*_arguments(*args, **options))
+    y, _, _, _, twin = torch.ops.fastres.batch_norm_relu_twin(*_arguments(*args, **options))
     return y, twin
 
 
@@ -143,9 +145,17 @@ def _(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     training: bool,
-    *_: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(dense(x, is_channels_last(x))), *new_statistics(x, training)
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    words = 0
+    if x.device.type == "cuda" and training and relu and residual is not None:
+        from fastres.ops.batch_norm_relu.launch import mask_words  # needs Triton
+
+        words = mask_words(x.shape, is_channels_last(x))
+    y = torch.empty_like(dense(x, is_channels_last(x)))
+    return y, *new_statistics(x, training), x.new_empty(words, dtype=torch.int32)
 
 
 @torch.library.register_fake("fastres::batch_norm_relu_backward", lib=library)
@@ -172,18 +182,19 @@ class _BatchNormReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, twin, x, residual, weight, bias, *options):  # type: ignore[no-untyped-def]
         with torch._C._AutoDispatchBelowAutograd():
-            y, mean, var = torch.ops.fastres.batch_norm_relu.default(x, residual, weight, bias, *options)
+            y, mean, var, mask = torch.ops.fastres.batch_norm_relu.default(x, residual, weight, bias, *options)
         running_mean, running_var, _num_batches_tracked, training, _momentum, eps, relu = options
-        ctx.mark_non_differentiable(mean, var)
+        ctx.mark_non_differentiable(mean, var, mask)
         ctx.set_materialize_grads(False)
         ctx.has_residual = residual is not None
         statistics = (mean, var) if training else (running_mean, running_var)
-        ctx.save_for_backward(x, y if ctx.has_residual and relu else None, weight, bias, *statistics)
+        output = (mask if mask.numel() else y) if ctx.has_residual and relu else None
+        ctx.save_for_backward(x, output, weight, bias, *statistics)
         ctx.options = training, eps, relu
-        return y, mean, var, *([y.detach()] if twin else [])
+        return y, mean, var, mask, *([y.detach()] if twin else [])
 
     @staticmethod
-    def backward(ctx, grad, _mean, _var, twin_grad=None):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad, _mean, _var, _mask, twin_grad=None):  # type: ignore[no-untyped-def]
         refuse_create_graph()
         if grad is None:
             grad, twin_grad = twin_grad, None

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastres.ops.batch_norm_relu.launch import launcher
+from fastres.ops.batch_norm_relu.launch import launcher, mask_words
 from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, new_statistics, statistics_dtype
 
 # Software pipelining of a loop over tiles: two are being loaded while a third is computed. Without it a thread waits
@@ -243,17 +243,32 @@ def split_moments(
 
 
 @triton.jit
+def _words(row, first_channel, rows, channels, block_channels: tl.constexpr):
+    """Offsets and validity of the words of the mask for a tile."""
+    word = first_channel // 32 + tl.arange(0, block_channels // 32)
+    valid = ((row >= 0) & (row < rows))[:, None] & (word < channels // 32)[None, :]
+    return row.to(tl.int64)[:, None] * (channels // 32) + word[None, :], valid
+
+
+@triton.jit
 def normalize(
-    x, residual, weight, bias, mean, var, y, rows, channels, plane, eps: tl.float64,
-    has_residual: tl.constexpr, relu: tl.constexpr,
+    x, residual, weight, bias, mean, var, y, mask, rows, channels, plane, eps: tl.float64,
+    has_residual: tl.constexpr, relu: tl.constexpr, has_mask: tl.constexpr,
     channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
-    """y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual) for a tile."""
+    """y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual) for a tile, and which of them are not 0."""
     channel, valid_channel, valid, offsets = _tile(rows, channels, plane, channels_last, block_rows, block_channels)
     values = tl.load(x + offsets, valid, other=0.0).to(dtype)
     mean_c, invstd, weight_c, bias_c = _affine(channel, valid_channel, weight, bias, mean, var, eps, dtype)
     z = _normalized(values, residual, offsets, valid, mean_c, weight_c * invstd, bias_c, has_residual, relu)
-    tl.store(y + offsets, z.to(y.dtype.element_ty), valid)
+    z = z.to(y.dtype.element_ty)
+    tl.store(y + offsets, z, valid)
+    if has_mask:
+        bits = tl.reshape(tl.where(z <= 0, 0, 1), [block_rows, block_channels // 32, 32])  # 1 for NaN
+        across = tl.cdiv(channels, block_channels)
+        row = tl.program_id(0) // across * block_rows + tl.arange(0, block_rows)
+        at, valid_word = _words(row, tl.program_id(0) % across * block_channels, rows, channels, block_channels)
+        tl.store(mask + at, tl.sum(bits << tl.arange(0, 32)[None, None, :], 2), valid_word)
 
 
 @triton.jit
@@ -284,7 +299,7 @@ def backward_once(
 def split_sums(
     grad, twin_grad, x, y, weight, bias, mean, var, dz, dweights, dbiases, arrived, dweight, dbias,
     rows, channels, plane, splits, split_tiles, eps: tl.float64,
-    has_twin: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr,
+    has_twin: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, has_mask: tl.constexpr,
     channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
 ):  # fmt: skip
     """dz, and the gradients of weight and bias from the rows of one split; from all splits, those of all rows."""
@@ -300,7 +315,13 @@ def split_sums(
         offsets = _offsets(row, channel, plane, channels, channels_last)
         dy = _gradient(grad, twin_grad, offsets, valid, has_twin, dtype)
         centered = tl.load(x + offsets, valid, other=0.0).to(dtype) - mean_c[None, :]
-        dy = _before_relu(dy, centered, y, offsets, valid, weight_c * invstd, bias_c, has_residual, relu)
+        if has_mask:
+            at, valid_word = _words(row, tl.program_id(0) * block_channels, rows, channels, block_channels)
+            words = tl.load(y + at, valid_word, other=0)
+            bits = words[:, :, None] >> tl.arange(0, 32)[None, None, :] & 1
+            dy = tl.where(tl.reshape(bits, [block_rows, block_channels]) == 0, 0.0, dy)
+        else:
+            dy = _before_relu(dy, centered, y, offsets, valid, weight_c * invstd, bias_c, has_residual, relu)
         if relu and has_residual:
             tl.store(dz + offsets, dy.to(dz.dtype.element_ty), valid)
         sums += tl.where(valid, dy, 0.0)
@@ -352,24 +373,27 @@ def forward(
     momentum: float,
     eps: float,
     relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`fastres::batch_norm_relu`: y, and the mean and biased variance of x if training."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`fastres::batch_norm_relu`: y; if training, the mean and biased variance of x and the mask."""
     channels_last = is_channels_last(x)
     x = dense(x, channels_last)
     y = torch.empty_like(x)
     mean, var = new_statistics(x, training)
+    kept = training and relu and residual is not None
+    mask = x.new_empty(mask_words(x.shape, channels_last) if kept else 0, dtype=torch.int32)
+    has_mask = mask.numel() > 0
     if x.numel() == 0:
         if training and num_batches_tracked is not None:
             num_batches_tracked.add_(1)
-        return y, mean.zero_(), var.zero_()
+        return y, mean.zero_(), var.zero_(), mask
     launch = launcher(x.shape, x.dtype, channels_last, x.device.index)
     affine = _affine_parameters(x, weight, bias)
     inputs = x, x if residual is None else dense(residual, channels_last), *affine
     flags = residual is not None, relu
     running = [t.contiguous() for t in (running_mean, running_var) if t is not None]
     if not training:
-        launch(normalize, launch.tile_grid, (*inputs, *running, y), (*launch.shape, eps), flags)
-        return y, mean, var
+        launch(normalize, launch.tile_grid, (*inputs, *running, y, y), (*launch.shape, eps), (*flags, False))
+        return y, mean, var, mask
     counter = mean if num_batches_tracked is None else num_batches_tracked
     updated = mean, var, *(running or (mean, var)), counter
     given = bool(running), num_batches_tracked is not None
@@ -379,12 +403,13 @@ def forward(
     else:
         parts = launch.parts(mean)
         launch(split_moments, launch.split_grid, (x, *parts, *updated), (*launch.split_shape, momentum), given)
-        launch(normalize, launch.tile_grid, (*inputs, mean, var, y), (*launch.shape, eps), flags)
+        tensors = *inputs, mean, var, y, mask if has_mask else y
+        launch(normalize, launch.tile_grid, tensors, (*launch.shape, eps), (*flags, has_mask))
     for old, new in zip((running_mean, running_var), running, strict=False):
         if old is not None and old is not new:  # not contiguous
             old.copy_(new)
     torch.autograd.graph.increment_version(running)  # autograd must know
-    return y, mean, var
+    return y, mean, var, mask
 
 
 def backward(
@@ -411,7 +436,9 @@ def backward(
     launch = launcher(x.shape, x.dtype, channels_last, x.device.index)
     constants = *_affine_parameters(x, weight, bias), mean.contiguous(), var.contiguous()
     twin = grad if twin_grad is None else dense(twin_grad, channels_last)
-    inputs = grad, twin, x, x if output is None else dense(output, channels_last), *constants
+    has_mask = output is not None and output.dtype == torch.int32
+    y = x if output is None else output if has_mask else dense(output, channels_last)
+    inputs = grad, twin, x, y, *constants
     flags = twin_grad is not None, output is not None, relu
     tensors: tuple[Tensor, ...]
     if launch.tiling.single_pass:
@@ -419,7 +446,7 @@ def backward(
         launch(backward_once, launch.channel_grid, tensors, (*launch.shape, eps), (*flags, training))
         return dx, dz, dweight, dbias
     tensors = *inputs, dz, *launch.parts(dweight), dweight, dbias
-    launch(split_sums, launch.split_grid, tensors, (*launch.split_shape, eps), flags)
+    launch(split_sums, launch.split_grid, tensors, (*launch.split_shape, eps), (*flags, has_mask))
     dy, relu = (grad, relu) if output is None else (dz, False)
     tensors = dy, x, *constants, dweight, dbias, dx
     launch(input_gradient, launch.tile_grid, tensors, (*launch.shape, eps), (relu, training))
