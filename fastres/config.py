@@ -149,11 +149,21 @@ class TrainConfig:
         "Optimization", "images a step in evaluation, over all processes", 250, interval=f"[1, {INT32_MAX}]"
     )
     drop_last: bool = flag("Optimization", "leave out the last, smaller batch of a training epoch", True)
-    optimizer: str = flag("Optimization", "update rule; adamw: try --lr 0.001", "sgd", tuple(OPTIMIZERS))
+    optimizer: str = flag(
+        "Optimization",
+        "update rule; adamw: try --lr 0.001; muon: try --lr 0.03 --weight-decay 0.01",
+        "sgd",
+        tuple(OPTIMIZERS),
+    )
     lr: float = flag("Optimization", "peak learning rate; VGGs: 0.01; digits: 0.02", 0.1, interval="(0, inf)")
-    momentum: float = flag("Optimization", "sgd: momentum; adamw: beta1", 0.9, interval="[0, 1)")
+    sgd_lr: float = flag(
+        "Optimization", "muon: peak learning rate of what is no convolution, and of the stem", 0.1, interval="(0, inf)"
+    )
+    momentum: float = flag("Optimization", "sgd, muon: momentum; adamw: beta1", 0.9, interval="[0, 1)")
     nesterov: bool = flag("Optimization", "sgd: Nesterov momentum", True)
-    weight_decay: float = flag("Optimization", "of all parameters", 5e-4, interval="[0, inf)")
+    weight_decay: float = flag(
+        "Optimization", "of all parameters; muon: of those that it updates", 5e-4, interval="[0, inf)"
+    )
     label_smoothing: float = flag("Optimization", "of the training loss", 0.0, interval="[0, 1)")
     schedule: str = flag("Optimization", "learning rate, set at every step", "cosine", tuple(SCHEDULES))
     warmup_epochs: float | None = flag(

@@ -1,14 +1,19 @@
 """The optimizers by name."""
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import SGD, AdamW, Optimizer
 
+from fastres.training.muon import Muon
+
 if TYPE_CHECKING:
     from fastres.config import TrainConfig
 
+IMAGE_CHANNELS = 3
+SGD_MOMENTUM, SGD_WEIGHT_DECAY = 0.9, 5e-4  # beside Muon
 Parameters = Iterable[torch.nn.Parameter]
 
 
@@ -35,7 +40,32 @@ def adamw(parameters: Parameters, config: "TrainConfig", lr: Any) -> Optimizer:
     )
 
 
-OPTIMIZERS: dict[str, Callable[[Parameters, "TrainConfig", Any], Optimizer]] = {"sgd": sgd, "adamw": adamw}
+def muon(parameters: Parameters, config: "TrainConfig", lr: Any) -> Optimizer:
+    """Muon for all convolutions but the stem; SGD for the stem, the head, norms and biases, of which the last two are
+    not decayed."""
+    kinds: dict[str, list[torch.nn.Parameter]] = {"convolutions": [], "matrices": [], "vectors": []}
+    for parameter in parameters:
+        stem = parameter.ndim == 4 and parameter.size(1) == IMAGE_CHANNELS
+        kinds[
+            "vectors" if parameter.ndim == 1 else "matrices" if stem or parameter.ndim == 2 else "convolutions"
+        ].append(parameter)
+    rest = {"lr": deepcopy(lr), "lr_ratio": config.sgd_lr / config.lr, "momentum": SGD_MOMENTUM, "nesterov": True}
+    return Muon(
+        kinds["convolutions"],
+        [
+            {"params": kinds["matrices"], "weight_decay": SGD_WEIGHT_DECAY, **rest},
+            {"params": kinds["vectors"], "weight_decay": 0.0, **rest, "lr": deepcopy(lr)},
+        ],
+        lr=lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[Parameters, "TrainConfig", Any], Optimizer]] = {
+    "sgd": sgd, "adamw": adamw, "muon": muon,
+}  # fmt: skip
 
 
 def create_optimizer(model: torch.nn.Module, config: "TrainConfig", device: torch.device) -> Optimizer:
@@ -57,12 +87,13 @@ def create_optimizer(model: torch.nn.Module, config: "TrainConfig", device: torc
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Sets the learning rate of the next step, in place where it is a tensor."""
+    """Sets the learning rate of the next step, in place where it is a tensor, times a group's ``lr_ratio``."""
     for group in optimizer.param_groups:
+        value = lr * group.get("lr_ratio", 1.0)
         if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(value)
         else:
-            group["lr"] = lr
+            group["lr"] = value
 
 
 def state_tensors(optimizer: Optimizer) -> list[torch.Tensor]:
