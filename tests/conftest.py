@@ -21,6 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script's bac
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "last" in item.keywords)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -34,6 +35,10 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def arrays(rng: np.random.Generator) -> Dataset:
+    return noise(rng)
+
+
+def noise(rng: np.random.Generator) -> Dataset:
     """60 training and 20 test images of noise in two classes that differ in brightness."""
 
     def split(images: int) -> Split:

@@ -106,7 +106,7 @@ def test_the_command(capsys, tmp_path):
     assert main(["trian"]) == 2
     assert (
         capsys.readouterr().err
-        == "fastres: error: unknown command 'trian'; choose from train, profile, compare, study\n"
+        == "fastres: error: unknown command 'trian'; choose from train, profile, compare, doctor, study\n"
     )
     assert main(["train", "--resume", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("fastres train: error: --resume ")

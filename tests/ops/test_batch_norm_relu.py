@@ -64,15 +64,15 @@ PROCESSES = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def processes(request):
-    """Those of PROCESSES whose tests run, started together."""
+    """Those of PROCESSES whose tests run: started with the first test of this file, and waited for after all others."""
     chosen = {getattr(item, "callspec", None) and item.callspec.params.get("process") for item in request.session.items}
     started = {}
     for name in PROCESSES.keys() & chosen:
         arguments, environment = PROCESSES[name]
         started[name] = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", *map(str, arguments)],
+            ["nice", sys.executable, "-m", "pytest", "-q", *map(str, arguments)],
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             stdout=subprocess.PIPE,
             text=True,
@@ -134,6 +134,7 @@ class TestAgainstFloat64:
         first, second = (run(batch_norm_relu, *arguments) for _ in range(2))
         assert all(map(torch.equal, first, second))
 
+    @pytest.mark.last
     @pytest.mark.parametrize("process", PROCESSES)
     def test_older_processors_and_triton(self, process, processes):
         """The CPU kernels with what an older processor has; Triton's in its interpreter, and compiled for an H100."""

@@ -32,7 +32,7 @@ from fastres.training.checkpoint import read_checkpoint
 from fastres.training.cost import flop_an_image
 from fastres.training.history import best_row
 from fastres.training.start import read_saved
-from tests.conftest import tiny_model
+from tests.conftest import noise, tiny_model, write_folder
 from tests.data.test_loaders import reference
 from tests.training.conftest import start
 
@@ -422,9 +422,26 @@ def long_run(loader, images, folder):
     assert threads <= 0
 
 
+@pytest.fixture(scope="session", autouse=True)
+def long_runs(request, tmp_path_factory):
+    """Processes of `long_run`, started with the first test of this file; small ones, because forking a large one, as the
+    eager loader does in every epoch, takes long."""
+    script = "import sys; from tests.training.test_run import long_run; long_run(*sys.argv[1:])"
+    started = {}
+    for item in request.session.items:
+        if item.name.startswith("test_a_long_run_keeps_nothing"):
+            loader, folder = item.callspec.params["loader"], tmp_path_factory.mktemp("long")
+            images = write_folder(folder / "images", noise(np.random.default_rng(0)))
+            command = ["nice", sys.executable, "-c", script, loader, images, folder / "run"]
+            started[loader] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    yield started
+    for process in started.values():
+        process.kill()
+
+
+@pytest.mark.last
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 @pytest.mark.parametrize("loader", ["dali", "eager"])
-def test_a_long_run_keeps_nothing(loader, image_folder, tmp_path):
-    """In a small process, because forking a large one, as the eager loader does in every epoch, takes long."""
-    script = "import sys; from tests.training.test_run import long_run; long_run(*sys.argv[1:])"
-    subprocess.run([sys.executable, "-c", script, loader, image_folder, tmp_path / "run"], check=True)
+def test_a_long_run_keeps_nothing(loader, long_runs):
+    output, _ = long_runs[loader].communicate()
+    assert long_runs[loader].returncode == 0, output
