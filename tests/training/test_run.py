@@ -424,8 +424,8 @@ def long_run(loader, images, folder):
 
 @pytest.fixture(scope="session", autouse=True)
 def long_runs(request, tmp_path_factory):
-    """Processes of `long_run`, started with the first test of this file; small ones, because forking a large one, as the
-    eager loader does in every epoch, takes long."""
+    """Processes of `long_run`, started with the first test of this file: small ones, because forking a large one, as
+    the eager loader does in every epoch, takes long."""
     script = "import sys; from tests.training.test_run import long_run; long_run(*sys.argv[1:])"
     started = {}
     for item in request.session.items:
