@@ -5,7 +5,7 @@
 #
 # The stages, which are all taken unless some are named:
 #
-#   correctness   the operator's kernels are compiled, in parallel, and the tests that need a GPU run
+#   correctness   the operator's kernels are compiled, in parallel; the doctor's checks, and the tests that need a GPU
 #   kernels       kernel tables of ResNet-50 at batch 128 and 512
 #   rival         the same of torch.compile with max-autotune and CUDA graphs, and of fastres compiled like it
 #   train         ResNet-18 to its target accuracy
@@ -120,6 +120,7 @@ train() { # MODEL
 
 stage_correctness() {
     step precompile 90 "$PYTHON" benchmarks/precompile.py "${batches[@]}"
+    step doctor 60 "$PYTHON" -m fastres.doctor
     tests gpu-tests 150 "not compile"
 }
 

@@ -349,6 +349,7 @@ def test_the_gpu_script_goes_on_after_a_failure_and_packs_all_results(run_gpu, t
     done, steps = run_gpu(DATA="cifar10")
     assert steps == [
         "precompile: exit code 0",
+        "doctor: exit code 0",
         "gpu-tests: exit code 0",
         "kernels-fastres-8: exit code 3",
         "kernels-rival-8: exit code 3",

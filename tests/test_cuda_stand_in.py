@@ -8,7 +8,6 @@ import torch
 
 from fastres import profile
 from fastres.data import create_loader
-from fastres.data.dali import MAX_BATCHES_IN_FLIGHT
 from fastres.data.image_folder import folder
 from fastres.data.plan import training_plan
 from fastres.models import create_model
@@ -16,9 +15,10 @@ from fastres.ops.batch_norm_relu import launch
 from fastres.profiling import roofline
 from fastres.profiling.measure import interleave
 from fastres.training import selfcheck
-from tests import cuda_stand_in
 from tests.training.test_trainer import make_trainer, random_batches, train_epoch
 
+dali = pytest.importorskip("fastres.data.dali")
+cuda_stand_in = pytest.importorskip("tests.cuda_stand_in")
 SMALL = {"batch_size": 8, "lr": 0.01, "schedule": "cosine", "epochs": 2}
 
 
@@ -95,7 +95,7 @@ def test_batches_are_those_of_the_cpu(log, encoded, fits, decode, arrays, image_
         assert all(map(torch.equal, ours, theirs))
     # a batch's memory is DALI's again when the work that read it is done, and the host is at most so far ahead
     assert log.count("record") == 16
-    assert log.count("event.synchronize") == 16 - MAX_BATCHES_IN_FLIGHT
+    assert log.count("event.synchronize") == 16 - dali.MAX_BATCHES_IN_FLIGHT
     placed = "dali.external_source gpu" in log
     assert placed == (fits and (decode == "once" or not encoded))
     assert ("dali.image mixed" in log) == (encoded and decode == "every-epoch")

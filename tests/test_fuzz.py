@@ -25,7 +25,6 @@ from safetensors.torch import load, save_file
 
 from fastres import train
 from fastres.config import TrainConfig
-from fastres.data.dali import decode
 from fastres.data.datasets import DATASETS, digits, load_dataset
 from fastres.data.image_folder import decode_image
 from fastres.errors import Interrupted, UserError
@@ -332,6 +331,7 @@ def test_image_files(tmp_path_factory, data):
     if dataset.skipped_images:
         with pytest.raises(UserError, match=r"train/one/\d.jpg[^\n]*; replace or remove them"):
             load_dataset("folder", root)
+    decode = pytest.importorskip("fastres.data.dali").decode
     pixels = decode(dataset.train, 1, torch.device("cpu")).astype(int)
     for image, content in zip(pixels, dataset.train.images, strict=True):
         with warnings.catch_warnings(action="ignore"):

@@ -30,7 +30,9 @@ class EpochPlan:
 
     order: int64 ``[N]``, which image of the split it is.
     crop: int32 ``[N, 2]``, top and left of the 32x32 window in the unpadded image, -4 to 4; None: not cropped.
-    flip: int32 ``[N]``, 1 where the cropped image is mirrored left to right; None: not flipped.
+    flip: int32 ``[N]``, 1 where the cropped image is mirrored left to right; None: not flipped. Drawn anew in every
+        epoch (step ``flip``), or drawn once for each image and then alternating (``altflip``, Jordan 2024,
+        arXiv:2404.00498, section 3.6), so that two epochs show every image both ways.
     cutout: float32 ``[N, 2]``, row and column of the centre of the 16x16 square that is set to the mean after
         normalisation, 0 to 31, clipped at the border (DeVries & Taylor 2017, arXiv:1708.04552); None: no cutout.
     erasing: float32 ``[N, 4]``, top, left, height and width of the rectangle that is set to the mean after
@@ -78,10 +80,11 @@ def draw_erasing(rng: np.random.Generator, num_images: int) -> np.ndarray:
 
 
 # The steps of augmentation in the order in which they are drawn and applied: crop and flip to the pixels, the others
-# after normalisation. Each draws the EpochPlan's column of its name; both loaders apply that.
+# after normalisation. Each draws the EpochPlan's column of its name, altflip draws flip; both loaders apply that.
 STEPS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "crop": lambda rng, images: rng.integers(-CROP_PADDING, CROP_PADDING + 1, (images, 2), np.int32),
     "flip": lambda rng, images: rng.integers(0, 2, images, np.int32),
+    "altflip": lambda rng, images: rng.integers(0, 2, images, np.int32),
     "cutout": lambda rng, images: rng.integers(0, IMAGE_SIZE, (images, 2)).astype(np.float32),
     "erasing": draw_erasing,
 }
@@ -91,10 +94,10 @@ def canonical_augmentation(augmentation: str) -> str:
     """``none``, or the steps that ``augmentation`` joins by dashes in any order, in the order of ``STEPS``."""
     names = augmentation.split("-")
     steps = [name for name in STEPS if name in names]
-    if len(steps) < len(names) and augmentation != "none":
+    if (len(steps) < len(names) and augmentation != "none") or {"flip", "altflip"} <= set(steps):
         raise UserError(
             f"--augmentation {reprlib.repr(augmentation)}: must be none, or steps joined by dashes, each at most once, "
-            f"for instance crop-flip; the steps are {', '.join(STEPS)}"
+            f"for instance crop-flip; the steps are {', '.join(STEPS)}, and flip or altflip"
         )
     return "-".join(steps) or "none"
 
@@ -104,7 +107,11 @@ def training_plan(seed: int, epoch: int, num_images: int, augmentation: str) -> 
     steps = canonical_augmentation(augmentation).split("-")
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
     order = rng.permutation(num_images)
-    return EpochPlan(order, **{name: draw(rng, num_images) for name, draw in STEPS.items() if name in steps})
+    columns = {name: draw(rng, num_images) for name, draw in STEPS.items() if name in steps}
+    if columns.pop("altflip", None) is not None:  # it has drawn as many numbers as flip, so that the rest is the same
+        once = STEPS["altflip"](np.random.Generator(np.random.Philox(np.random.SeedSequence([seed]))), num_images)
+        columns["flip"] = (once[order] + epoch).astype(np.int32) % 2
+    return EpochPlan(order, **columns)
 
 
 def evaluation_plan(num_images: int) -> EpochPlan:

@@ -5,11 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomErasing
 
-from fastres.data.plan import STEPS, canonical_augmentation, evaluation_plan, training_plan
+from fastres.data.plan import canonical_augmentation, evaluation_plan, training_plan
 from fastres.errors import UserError
 
 IMAGES = 50_000
-ALL_STEPS = "-".join(STEPS)
+ALL_STEPS = "crop-flip-cutout-erasing"
 AUGMENTATIONS = ("none", "crop-flip", "crop-flip-cutout", "erasing", ALL_STEPS)
 
 
@@ -71,9 +71,13 @@ def test_the_order_of_the_steps_does_not_matter(given, canonical):
         np.testing.assert_array_equal(column, getattr(same, name))
 
 
-@pytest.mark.parametrize("given", ["", "crop-crop", "crop-none", "none-none", "crop-", "Crop", "x\ny", "x" * 500])
+@pytest.mark.parametrize(
+    "given", ["", "crop-crop", "crop-none", "none-none", "crop-", "Crop", "x\ny", "x" * 500, "flip-altflip"]
+)
 def test_unknown_and_repeated_steps(given):
-    with pytest.raises(UserError, match=r"the steps are crop, flip, cutout, erasing$") as error:
+    with pytest.raises(
+        UserError, match=r"the steps are crop, flip, altflip, cutout, erasing, and flip or altflip"
+    ) as error:
         canonical_augmentation(given)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 250
@@ -114,6 +118,18 @@ def test_draws_are_uniform_over_their_ranges():
             assert len(seen) == count
             expected = IMAGES / count
             assert np.abs(seen - expected).max() < 5 * np.sqrt(expected)
+
+
+def test_alternating_flips_show_every_image_both_ways():
+    plans = [training_plan(3, epoch, 1000, "crop-altflip-cutout") for epoch in range(4)]
+    flips = np.array([plan.flip[np.argsort(plan.order)] for plan in plans])  # by image
+    assert set(np.unique(flips)) == {0, 1}
+    assert ((flips[1:] + flips[:-1]) == 1).all()
+    assert 400 < flips[0].sum() < 600
+    for epoch, plan in enumerate(plans):  # all else is drawn as with flip
+        other = training_plan(3, epoch, 1000, "crop-flip-cutout")
+        for name in ("order", "crop", "cutout"):
+            np.testing.assert_array_equal(getattr(plan, name), getattr(other, name))
 
 
 def test_evaluation_shows_the_images_as_they_are():

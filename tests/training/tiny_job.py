@@ -7,6 +7,8 @@
 import os
 import signal
 import sys
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -33,15 +35,16 @@ def arrange(rank: str, step: str, name: str, target: str) -> None:
 
 
 def without_the_compiler() -> None:
-    """Keeps torch's first optimizer from importing torch._dynamo, which takes a second of every process."""
-    for method in vars(torch.optim.Optimizer).values():
-        function = getattr(method, "__wrapped__", None)
-        if function and method.__code__.co_filename == torch._compile.__file__:
-            function.__dynamo_disable = function
+    """Puts a stub in the place of torch._dynamo, whose import by torch's first optimizer takes a second or two."""
+    stub: Any = ModuleType("torch._dynamo")
+    stub.disable = lambda function, *_, **__: function
+    stub.graph_break = lambda: None
+    torch._dynamo = sys.modules["torch._dynamo"] = stub
 
 
 if __name__ == "__main__":
-    without_the_compiler()
+    if "RANK" not in os.environ:  # DDP needs it
+        without_the_compiler()
     MODELS["vgg11"] = tiny_model
     if os.environ.get("FAULT"):
         arrange(*os.environ["FAULT"].split())
