@@ -116,6 +116,7 @@ def test_a_run_and_its_continuation(log, arrays, tmp_path, tiny_vgg11, command_l
     assert command_line(*flags, "--epochs", 2, "--output-dir", folder) == 0
     assert "device cuda (stand-in), amp bf16" in command_line.out
     assert "CUDA graphs on (the GPU need not wait for Python)" in command_line.out
+    assert "loader dali (DALI imports; pixels stay on the GPU)" in command_line.out
     summary = json.loads((folder / "summary.json").read_text())
     assert log.count("capture") == 1
     assert log.count("replay") > 2 * summary["train_images"] // 32 - 2

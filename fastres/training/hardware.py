@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from fastres.config import TrainConfig
-from fastres.data import choose_loader
+from fastres.data import choose_loader, pixels_on_gpu
 from fastres.data.datasets import DATASETS
 from fastres.data.splits import Dataset
 from fastres.errors import UserError
@@ -138,6 +138,10 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
         config.cuda_graphs, device, config.compile_mode if compiled else None, faults.get("cuda-graph", "")
     )
     loader, loader_why = choose_loader(config.loader, faults.get("loaders", ""))
+    files_each_epoch = dataset.train.encoded and config.decode == "every-epoch"
+    if loader == "dali" and device.type == "cuda" and not files_each_epoch:
+        kept = "on the GPU" if pixels_on_gpu(images, device) else "in host memory, over a quarter of the GPU's free"
+        loader_why += f"; pixels stay {kept}"
     warmup_epochs = config.warmup_epochs
     if warmup_epochs is None:
         warmup_epochs = SCHEDULES[config.schedule].default_warmup(config.epochs)
