@@ -69,9 +69,9 @@ class BatchNormReLU2d(nn.BatchNorm2d):
         if isinstance(x, Proxy):
             return fx_node(self, x, residual)
         self._check_input_dim(x)
-        counter = self.num_batches_tracked if self.track_running_stats else None
+        counter = self.num_batches_tracked if self.training and self.track_running_stats else None
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.momentum is None and counter is not None:  # the cumulative average
+        if self.momentum is None and counter is not None:  # the cumulative average
             momentum = 1 / float(counter + 1)
         use_running = not self.training or self.track_running_stats
         function: Callable[..., Any] = self._function
@@ -144,7 +144,9 @@ class _SyncBatchNormReLU(torch.autograd.Function):
     """The fused operator as in evaluation, with the statistics of all processes, and their part of the gradient."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, relu):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    ) -> tuple[Tensor, ...]:
         # faster than torch.var_mean, and without a float32 copy
         _, mean, var, _ = torch.ops.fastres.batch_norm_relu(x, *[None] * 6, True, 0.0, eps, False)
         own = torch.cat([mean.new_full((1,), x.numel() // x.size(1)), mean, var])
@@ -163,7 +165,7 @@ class _SyncBatchNormReLU(torch.autograd.Function):
         return y, mean, var, count
 
     @staticmethod
-    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         refuse_create_graph()
         x, output, weight, bias, mean, var, count = ctx.saved_tensors
         dx, dz, dweight, dbias = torch.ops.fastres.batch_norm_relu_backward(

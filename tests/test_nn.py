@@ -116,6 +116,16 @@ def losses_of_fifty_steps(fused):
     return losses
 
 
+@pytest.mark.parametrize("norm_layer", [BatchNormReLU2d, EagerBatchNormReLU2d, nn.BatchNorm2d])
+def test_batches_are_counted_in_training_alone(norm_layer):
+    norm, x = norm_layer(3), torch.randn(4, 3, 5, 5)
+    norm(x)
+    norm.eval()(x)
+    norm.running_mean = norm.running_var = None  # then evaluation uses the batch's statistics, too
+    norm(x)
+    assert norm.num_batches_tracked == 1
+
+
 def test_fifty_steps_of_training_fused_and_eager():
     fused, eager = losses_of_fifty_steps(True), losses_of_fifty_steps(False)
     torch.testing.assert_close(fused, eager, rtol=0, atol=1e-4)
