@@ -22,7 +22,7 @@ def reference(x, residual, weight, bias, mean, var, training, eps, relu):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)  # float32 is in the tests below
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("has_residual", [True, False])
 @pytest.mark.parametrize("relu", [True, False])
