@@ -5,7 +5,7 @@
 #
 # The stages, which are all taken unless some are named:
 #
-#   correctness   the operator's kernels are compiled, in parallel; the doctor's checks, and the tests that need a GPU
+#   correctness   the operator's kernels are compiled in parallel; then the doctor's checks and the tests that need a GPU
 #   kernels       kernel tables of ResNet-50 at batch 128 and 512
 #   rival         the same of torch.compile with max-autotune and CUDA graphs, and of fastres compiled like it
 #   train         ResNet-18 to its target accuracy

@@ -368,9 +368,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& grad, const std::optional<at::Tensor>& twin_grad, const at::Tensor& input,
-    const std::optional<at::Tensor>& output,
-    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, const at::Tensor& mean,
-    const at::Tensor& var, bool training, double eps, bool relu) {
+    const std::optional<at::Tensor>& output, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, const at::Tensor& mean, const at::Tensor& var, bool training,
+    double eps, bool relu) {
   check(input, output, {weight, bias, mean, var});
   check(input, grad, {});
   check(input, twin_grad, {});

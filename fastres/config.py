@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastres.data import DECODE
 from fastres.data.datasets import DATASETS
 from fastres.data.plan import STEPS, canonical_augmentation
 from fastres.errors import UserError
@@ -130,7 +131,7 @@ class TrainConfig:
         "Data",
         "image files: once, when the loader starts, or in every epoch; auto: once with dali, every-epoch with eager",
         "auto",
-        ("auto", "once", "every-epoch"),
+        DECODE,
     )
     workers: int = flag("Data", "threads (dali) or processes (eager) that prepare batches", 2, interval="[1, 1024]")
 

@@ -2,8 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from fastres.machine import device_name, versions
 from fastres.ops.batch_norm_relu import extension_error
 from fastres.training.hardware import choose_amp, choose_device
 from fastres.training.selfcheck import CHECKS, check_all, close
+from fastres.training.trainer import AMP_DTYPES
 
 LITTLE_MEMORY = 2.0  # GiB that ResNet-50 takes at batch size 128, and the libraries
 MENDS = {
@@ -35,12 +35,21 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.
         flags = parser.parse_flags(arguments)
         device = choose_device(flags["device"])[0]
         if flags["only"]:
-            with one_line():
-                CHECKS[flags["only"]](device)
+            make(flags["only"], device)
         else:
             failed.extend(report(device))
 
     return run_command(parser.prog, command) or int(bool(failed))
+
+
+def make(name: str, device: torch.device) -> None:
+    """Makes one check. Raises RunError for whatever it raises."""
+    try:
+        CHECKS[name](device)
+    except UserError:
+        raise
+    except Exception as error:
+        raise RunError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def report(device: torch.device) -> list[str]:
@@ -67,8 +76,7 @@ def mixed(device: torch.device) -> tuple[bool, str]:
     conv, x = torch.nn.Conv2d(16, 32, 3).to(device), torch.randn(4, 16, 9, 9, device=device)
     expected = conv(x)
     conv, x = conv.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.bfloat16}[amp]
-    with torch.autocast(device.type, dtype, enabled=amp != "off"):
+    with torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off"):
         y = conv(x)
     try:
         close(y, expected, 3e-2)
@@ -88,17 +96,6 @@ def memory(device: torch.device) -> tuple[bool, str]:
         free = next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")), math.inf)
     mend = "" if free >= LITTLE_MEMORY else "; end other programs, or take a smaller --batch-size"
     return not mend, f"{free:.1f} GiB free{mend}"
-
-
-@contextmanager
-def one_line() -> Iterator[None]:
-    """Turns whatever a check raises into a RunError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise RunError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from fastres.data.splits import CIFAR10_MEAN, CIFAR10_STD, IMAGE_SIZE, Split
 from fastres.errors import UserError, first_line
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+DECODE = ("auto", "once", "every-epoch")  # when image files are decoded
 
 
 class Loader(Protocol):
@@ -69,6 +70,8 @@ class PlanLoader:
         self.mean, self.std = mean, std
         self.device, self.workers = torch.device(device), workers
         self.num_batches = -(-len(plan_of_epoch(0)) // batch_size)
+        if decode not in DECODE:
+            raise UserError(f"decode {decode!r}: must be one of {', '.join(DECODE)}")
         self.decode = self.default_decode if decode == "auto" else decode
         self._set_up()
 

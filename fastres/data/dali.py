@@ -83,15 +83,15 @@ class DaliLoader(PlanLoader):
         """A pipeline whose first batch is ``first_batch`` of ``epoch``."""
         encoded, on_gpu = isinstance(self.images, list), isinstance(self.images, torch.Tensor)
         plan_of_epoch = lru_cache(maxsize=1)(self.plan_of_epoch)
-        columns = {  # dtype, ndim and layout of a sample
-            "labels": (types.INT64, 0, None),
+        augmentations = {  # dtype, ndim and layout of a sample
             "crop": (types.INT32, 1, None),
             "flip": (types.INT32, 0, None),
             "cutout": (types.FLOAT, 1, None),
             "erasing": (types.FLOAT, 1, None),
         }
-        columns = {
-            name: column for name, column in columns.items() if getattr(plan_of_epoch(epoch), name, 0) is not None
+        columns = {"labels": (types.INT64, 0, None)}
+        columns |= {
+            name: kind for name, kind in augmentations.items() if getattr(plan_of_epoch(epoch), name) is not None
         }
 
         def source(names: Sequence[str], device: str, *kinds: Sequence[object]) -> Sequence[DataNode]:

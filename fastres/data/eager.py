@@ -36,11 +36,8 @@ class EagerLoader(PlanLoader):
 
     def _set_up(self) -> None:
         if self.split.encoded and self.decode == "once":
-            self.split = Split(np.stack([self._pixels(file) for file in self.split.images]), self.split.labels)
-
-    def _pixels(self, file: np.ndarray) -> np.ndarray:
-        image = decode_image(file)
-        return np.asarray(F.resize(image, [IMAGE_SIZE, IMAGE_SIZE]) if self.split.resize else image)
+            images = [np.asarray(_image(self.split, i)) for i in range(len(self.split))]
+            self.split = Split(np.stack(images), self.split.labels)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """The batches of epoch ``epoch`` from ``first_batch`` on, both counted from 0."""
@@ -71,6 +68,13 @@ def _leave_the_group(worker: int) -> None:
     os.setpgrp()
 
 
+def _image(split: Split, index: int) -> Image.Image:
+    """An image of the split, 32x32."""
+    pixels = split.images[index]
+    image = decode_image(pixels) if split.encoded else Image.fromarray(pixels)
+    return F.resize(image, [IMAGE_SIZE, IMAGE_SIZE]) if split.resize else image
+
+
 @dataclass(frozen=True)
 class _PlannedImages(Dataset):
     """Item i is the i-th image of the plan, augmented and normalised, and its label."""
@@ -85,10 +89,7 @@ class _PlannedImages(Dataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         plan, index = self.plan, self.plan.order[i]
-        pixels = self.split.images[index]
-        image = decode_image(pixels) if self.split.encoded else Image.fromarray(pixels)
-        if self.split.resize:
-            image = F.resize(image, [IMAGE_SIZE, IMAGE_SIZE])
+        image = _image(self.split, index)
         if plan.crop is not None:
             top, left = (plan.crop[i] + CROP_PADDING).tolist()
             image = F.crop(F.pad(image, CROP_PADDING), top, left, IMAGE_SIZE, IMAGE_SIZE)

@@ -63,6 +63,11 @@ class EpochPlan:
         return replace(self, **{name: column[rows] for name, column in vars(self).items() if column is not None})
 
 
+def draw_flip(rng: np.random.Generator, num_images: int) -> np.ndarray:
+    """The plan's column ``flip``."""
+    return rng.integers(0, 2, num_images, np.int32)
+
+
 def draw_erasing(rng: np.random.Generator, num_images: int) -> np.ndarray:
     """The plan's column ``erasing``."""
     boxes = np.zeros((num_images, 4), np.float32)
@@ -83,8 +88,8 @@ def draw_erasing(rng: np.random.Generator, num_images: int) -> np.ndarray:
 # after normalisation. Each draws the EpochPlan's column of its name, altflip draws flip; both loaders apply that.
 STEPS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "crop": lambda rng, images: rng.integers(-CROP_PADDING, CROP_PADDING + 1, (images, 2), np.int32),
-    "flip": lambda rng, images: rng.integers(0, 2, images, np.int32),
-    "altflip": lambda rng, images: rng.integers(0, 2, images, np.int32),
+    "flip": draw_flip,
+    "altflip": draw_flip,
     "cutout": lambda rng, images: rng.integers(0, IMAGE_SIZE, (images, 2)).astype(np.float32),
     "erasing": draw_erasing,
 }
@@ -97,7 +102,7 @@ def canonical_augmentation(augmentation: str) -> str:
     if (len(steps) < len(names) and augmentation != "none") or {"flip", "altflip"} <= set(steps):
         raise UserError(
             f"--augmentation {reprlib.repr(augmentation)}: must be none, or steps joined by dashes, each at most once, "
-            f"for instance crop-flip; the steps are {', '.join(STEPS)}, and flip or altflip"
+            f"for instance crop-flip; the steps are {', '.join(STEPS)}; not flip with altflip"
         )
     return "-".join(steps) or "none"
 
@@ -109,8 +114,8 @@ def training_plan(seed: int, epoch: int, num_images: int, augmentation: str) -> 
     order = rng.permutation(num_images)
     columns = {name: draw(rng, num_images) for name, draw in STEPS.items() if name in steps}
     if columns.pop("altflip", None) is not None:  # it has drawn as many numbers as flip, so that the rest is the same
-        once = STEPS["altflip"](np.random.Generator(np.random.Philox(np.random.SeedSequence([seed]))), num_images)
-        columns["flip"] = (once[order] + epoch).astype(np.int32) % 2
+        first = draw_flip(np.random.Generator(np.random.Philox(np.random.SeedSequence([seed]))), num_images)
+        columns["flip"] = (first[order] + epoch).astype(np.int32) % 2
     return EpochPlan(order, **columns)
 
 

@@ -16,15 +16,8 @@ from fastres.studies.plan import PlannedRun
 from fastres.training.hardware import tune_libraries
 from fastres.training.run import Run
 
-SPEED_SETTINGS = (
-    "model",
-    "batch_size",
-    "augmentation",
-    "device",
-    "decode",
-    "workers",
-    *ENGINE,
-)  # decide the images a second
+# what decides the images a second
+SPEED_SETTINGS = ("model", "batch_size", "augmentation", "device", "decode", "workers", *ENGINE)
 MEASURED_STEPS = 2  # of each model
 
 

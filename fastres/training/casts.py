@@ -1,6 +1,6 @@
 """The weights of all layers cast at once, where autocast would cast them one by one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ class _Cast(torch.autograd.Function):
         return None, *(None if grad is None else next(copies) for grad in grads)
 
 
-def cast(tensors: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def cast(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Copies of ``tensors`` in another type, by one foreach operation."""
     copies = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
     torch._foreach_copy_(copies, tuple(tensors))
     return copies

@@ -1,6 +1,6 @@
 """The optimizer Muon."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -60,16 +60,18 @@ class Muon(SGD):
         self._step_supports_amp_scaling = False  # as fused SGD does, but the average needs true gradients
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """As ``torch.optim.Optimizer.step``."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group.get("muon")]
         try:
-            super().step(closure)
+            loss = super().step(closure)
         finally:
             self.param_groups = groups
         for group in groups:
             if group.get("muon"):
                 self._muon_step(group)
+        return loss
 
     def _muon_step(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]

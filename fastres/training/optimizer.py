@@ -43,18 +43,16 @@ def adamw(parameters: Parameters, config: "TrainConfig", lr: Any) -> Optimizer:
 def muon(parameters: Parameters, config: "TrainConfig", lr: Any) -> Optimizer:
     """Muon for all convolutions but the stem; SGD for the stem, the head, norms and biases, of which the last two are
     not decayed."""
-    kinds: dict[str, list[torch.nn.Parameter]] = {"convolutions": [], "matrices": [], "vectors": []}
-    for parameter in parameters:
-        stem = parameter.ndim == 4 and parameter.size(1) == IMAGE_CHANNELS
-        kinds[
-            "vectors" if parameter.ndim == 1 else "matrices" if stem or parameter.ndim == 2 else "convolutions"
-        ].append(parameter)
-    rest = {"lr": deepcopy(lr), "lr_ratio": config.sgd_lr / config.lr, "momentum": SGD_MOMENTUM, "nesterov": True}
+    parameters = list(parameters)
+    vectors = [p for p in parameters if p.ndim == 1]
+    matrices = [p for p in parameters if p.ndim == 2 or (p.ndim == 4 and p.size(1) == IMAGE_CHANNELS)]
+    others = {id(p) for p in vectors + matrices}
+    sgd_options = {"lr_ratio": config.sgd_lr / config.lr, "momentum": SGD_MOMENTUM, "nesterov": True}
     return Muon(
-        kinds["convolutions"],
+        [p for p in parameters if id(p) not in others],
         [
-            {"params": kinds["matrices"], "weight_decay": SGD_WEIGHT_DECAY, **rest},
-            {"params": kinds["vectors"], "weight_decay": 0.0, **rest, "lr": deepcopy(lr)},
+            {"params": matrices, "weight_decay": SGD_WEIGHT_DECAY, "lr": deepcopy(lr), **sgd_options},
+            {"params": vectors, "weight_decay": 0.0, "lr": deepcopy(lr), **sgd_options},
         ],
         lr=lr,
         momentum=config.momentum,

@@ -1,6 +1,5 @@
 """Checks that each fast part gives right results on this machine, and the parts that ``auto`` must do without."""
 
-import functools
 import hashlib
 import json
 import os
@@ -10,24 +9,33 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 import fastres
 from fastres.config import TrainConfig
 from fastres.data import create_loader
 from fastres.data.plan import training_plan
+from fastres.data.splits import Split
 from fastres.errors import UserError
 from fastres.files import write_json
 from fastres.machine import device_name, versions
+from fastres.models import create_model
 from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
 from fastres.training import distributed
+from fastres.training.trainer import Trainer
 
-SHAPES = ((32, 64, 32, 32), (16, 256, 16, 16), (8, 20, 5, 3))
+CASES = (  # of the operator: shape, type, and whether there is a residual
+    ((32, 64, 32, 32), torch.bfloat16, True),
+    ((16, 256, 16, 16), torch.float32, True),
+    ((8, 20, 5, 3), torch.float32, False),
+)
 STEPS = 10
 LEVELS = 3.5  # of 255, by which decoders of JPEG may differ
 SECONDS = 300  # that a check may take; compiling the kernels takes a few
@@ -37,9 +45,7 @@ COMMAND = (sys.executable, "-m", "fastres.doctor", "--only")
 
 def check_operator(device: torch.device) -> None:
     """The fused operator, forward and backward in training, against PyTorch's own operators in float64."""
-    for shape, dtype, has_residual in zip(
-        SHAPES, (torch.bfloat16, torch.float32, torch.float32), (1, 1, 0), strict=True
-    ):
+    for shape, dtype, has_residual in CASES:
         x, residual, grad = (torch.randn(shape) for _ in range(3))
         residual = 8 * residual.sign()  # so that no result is within rounding of 0
         results = []
@@ -61,12 +67,6 @@ def check_operator(device: torch.device) -> None:
 
 def check_loaders(device: torch.device) -> None:
     """The DALI loader against the eager one, from pixels and from JPEG files."""
-    from io import BytesIO
-
-    from PIL import Image
-
-    from fastres.data.splits import Split
-
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (64, 4, 4, 3), np.uint8)
     images = [Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC) for pixels in coarse]
@@ -93,9 +93,6 @@ def check_cuda_graph(device: torch.device) -> None:
     """Ten captured training steps against ten that are not."""
     if device.type == "cpu":
         raise UserError("--only cuda-graph: there is no GPU here")
-    from fastres.models import create_model
-    from fastres.training.trainer import Trainer
-
     config = TrainConfig(
         model="resnet18", device=device.type, amp="off", batch_size=16, lr=0.01, warmup_epochs=0.0, compile=False
     )
@@ -129,7 +126,10 @@ def close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
 
 
 def run_check(name: str) -> str:
-    """Runs a check in a process of its own, as a kernel that fails leaves CUDA useless. Returns the fault, or ""."""
+    """Runs a check in a child process, because a failed kernel leaves CUDA unusable in its process.
+
+    Returns what is wrong, in one line, or "" if the check passed.
+    """
     try:
         done = subprocess.run(
             [*COMMAND, name], capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS
@@ -167,7 +167,7 @@ def check_all(device: torch.device) -> dict[str, str]:
     return faults
 
 
-@functools.cache
+@cache
 def faults(device: torch.device) -> dict[str, str]:
     """What is wrong with each part that must not be used, by the check's name; on a CPU the tests show it beforehand.
 

@@ -293,6 +293,12 @@ def test_decoding_once_is_decoding_in_every_epoch(name, size, arrays, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", LOADERS)
+def test_another_word_for_decode_is_refused(name, arrays):
+    with pytest.raises(UserError, match="decode 'never': must be one of auto, once, every-epoch"):
+        make_loader(name, arrays.train, lambda epoch: evaluation_plan(60), arrays, decode="never")
+
+
 def test_the_largest_image_is_resized_alike(tmp_path):
     for part in ("train", "test"):
         (tmp_path / part / "one").mkdir(parents=True)

@@ -28,7 +28,8 @@ ARGUMENTS = (
     " Tensor(c!)? num_batches_tracked, bool training, float momentum, float eps, bool relu)"
 )
 library.define(f"batch_norm_relu{ARGUMENTS} -> (Tensor y, Tensor mean, Tensor var, Tensor mask)")
-# Outputs that share memory are none that a kernel may have: this one is made of the other operator, above autograd.
+# torch.library allows no kernel whose outputs share memory. So this operator has none: its autograd implementation
+# calls the operator above and returns y a second time.
 library.define(f"batch_norm_relu_twin{ARGUMENTS} -> (Tensor y, Tensor mean, Tensor var, Tensor mask, Tensor twin)")
 # Mean and var are those that x was normalised with. The output is passed if there was a residual and ReLU was applied,
 # or its mask, if that was kept;
@@ -96,8 +97,8 @@ def batch_norm_relu(
 def batch_norm_relu_twin(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """`batch_norm_relu(...)` as two tensors of one memory, for the two places where a residual block's output is used.
 
-    The backward pass reads the gradients of both and adds them as it goes, where autograd would first add them in a
-    pass of its own. All arguments are to be given; it does not work under the transforms of `torch.func`.
+    The backward pass adds the gradients of both as it reads them; autograd would add them in a separate pass. The
+    arguments are those of `batch_norm_relu`, without defaults. The transforms of `torch.func` are not supported.
     """
     y, _, _, _, twin = torch.ops.fastres.batch_norm_relu_twin(*_arguments(*args, **options))
     return y, twin
@@ -180,7 +181,15 @@ class _BatchNormReLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, twin, x, residual, weight, bias, *options):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any,
+        twin: bool,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *options: Any,
+    ) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             y, mean, var, mask = torch.ops.fastres.batch_norm_relu.default(x, residual, weight, bias, *options)
         running_mean, running_var, _num_batches_tracked, training, _momentum, eps, relu = options
@@ -194,7 +203,9 @@ class _BatchNormReLU(torch.autograd.Function):
         return y, mean, var, mask, *([y.detach()] if twin else [])
 
     @staticmethod
-    def backward(ctx, grad, _mean, _var, _mask, twin_grad=None):  # type: ignore[no-untyped-def]
+    def backward(
+        ctx: Any, grad: Tensor | None, _mean: None, _var: None, _mask: None, twin_grad: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         refuse_create_graph()
         if grad is None:
             grad, twin_grad = twin_grad, None

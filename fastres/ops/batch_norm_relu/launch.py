@@ -16,7 +16,7 @@ from triton.runtime import driver
 # Programs that reduce a tensor: two for each of an H100's multiprocessors, whose registers hold two at a time.
 PROGRAMS = 264
 DTYPE, REST_OF_16 = operator.attrgetter("dtype"), (15).__and__
-WORD = 32  # channels whose bits share a word of the mask
+WORD = tl.constexpr(32)  # channels whose bits share a word of the mask
 GRAPH_COUNTERS = 1 << 16  # that the kernels of CUDA graphs share out
 
 
@@ -46,9 +46,9 @@ def tiling(rows: int, channels: int, channels_last: bool) -> Tiling:
 def mask_words(shape: torch.Size, channels_last: bool) -> int:
     """The number of int32 words that hold a bit for each element of a tensor; 0 where the kernels keep none."""
     rows, channels = shape.numel() // max(shape[1], 1), shape[1]
-    if not channels_last or channels % WORD or not rows or tiling(rows, channels, True).single_pass:
+    if not channels_last or channels % WORD.value or not rows or tiling(rows, channels, True).single_pass:
         return 0
-    return rows * channels // WORD
+    return rows * channels // WORD.value
 
 
 class _Launcher:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastres.ops.batch_norm_relu.launch import launcher, mask_words
+from fastres.ops.batch_norm_relu.launch import WORD, launcher, mask_words
 from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, new_statistics, statistics_dtype
 
 # Software pipelining of a loop over tiles: two are being loaded while a third is computed. Without it a thread waits
@@ -245,9 +245,9 @@ def split_moments(
 @triton.jit
 def _words(row, first_channel, rows, channels, block_channels: tl.constexpr):
     """Offsets and validity of the words of the mask for a tile."""
-    word = first_channel // 32 + tl.arange(0, block_channels // 32)
-    valid = ((row >= 0) & (row < rows))[:, None] & (word < channels // 32)[None, :]
-    return row.to(tl.int64)[:, None] * (channels // 32) + word[None, :], valid
+    word = first_channel // WORD + tl.arange(0, block_channels // WORD)
+    valid = ((row >= 0) & (row < rows))[:, None] & (word < channels // WORD)[None, :]
+    return row.to(tl.int64)[:, None] * (channels // WORD) + word[None, :], valid
 
 
 @triton.jit
@@ -264,11 +264,11 @@ def normalize(
     z = z.to(y.dtype.element_ty)
     tl.store(y + offsets, z, valid)
     if has_mask:
-        bits = tl.reshape(tl.where(z <= 0, 0, 1), [block_rows, block_channels // 32, 32])  # 1 for NaN
+        bits = tl.reshape(tl.where(z <= 0, 0, 1), [block_rows, block_channels // WORD, WORD])  # 1 for NaN
         across = tl.cdiv(channels, block_channels)
         row = tl.program_id(0) // across * block_rows + tl.arange(0, block_rows)
         at, valid_word = _words(row, tl.program_id(0) % across * block_channels, rows, channels, block_channels)
-        tl.store(mask + at, tl.sum(bits << tl.arange(0, 32)[None, None, :], 2), valid_word)
+        tl.store(mask + at, tl.sum(bits << tl.arange(0, WORD)[None, None, :], 2), valid_word)
 
 
 @triton.jit
@@ -318,7 +318,7 @@ def split_sums(
         if has_mask:
             at, valid_word = _words(row, tl.program_id(0) * block_channels, rows, channels, block_channels)
             words = tl.load(y + at, valid_word, other=0)
-            bits = words[:, :, None] >> tl.arange(0, 32)[None, None, :] & 1
+            bits = words[:, :, None] >> tl.arange(0, WORD)[None, None, :] & 1
             dy = tl.where(tl.reshape(bits, [block_rows, block_channels]) == 0, 0.0, dy)
         else:
             dy = _before_relu(dy, centered, y, offsets, valid, weight_c * invstd, bias_c, has_residual, relu)
