@@ -1,5 +1,6 @@
 """Muon against torch's, which takes matrices."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ SETTINGS = {"optimizer": "muon", "lr": 0.03, "sgd_lr": 0.1, "weight_decay": 0.01
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_convolutions_go_by_muon_and_the_rest_by_sgd(channels_last):
+def test_convolutions_go_by_muon_and_the_rest_by_sgd(channels_last, monkeypatch):
+    monkeypatch.setattr(muon, "COEFFICIENTS", [(3.4445, -4.7750, 2.0315)] * 5)  # torch's
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 24, 1), nn.Conv2d(24, 6, 3), nn.Flatten(), nn.Linear(6, 4)
@@ -49,16 +51,36 @@ def test_convolutions_go_by_muon_and_the_rest_by_sgd(channels_last):
         torch.testing.assert_close(p, copies[name])
 
 
+def near(matrices):
+    return muon.orthogonalized(matrices).double()
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 64), (2, 64, 16), (1, 7, 7)], ids=str)
 def test_singular_values_come_near_1(shape):
     torch.manual_seed(0)
-    matrices = torch.randn(shape) * 1e-3
-    values = torch.linalg.svdvals(muon.orthogonalized(matrices).float())
+    matrices = (torch.randn(shape) * 1e-3).bfloat16()
+    values = torch.linalg.svdvals(near(matrices))
     assert values.max() < 1.3
     assert values[:, : min(shape[1:]) // 2].min() > 0.6
-    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    near = muon.orthogonalized(matrices).float()
-    assert torch.nn.functional.cosine_similarity(near.flatten(1), (u @ v).flatten(1)).min() > 0.95
+    u, s, v = torch.linalg.svd(matrices.double(), full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True)
+    for a, b, c in muon.COEFFICIENTS:
+        s = a * s + b * s**3 + c * s**5
+    expected = (u * s[:, None]) @ v
+    assert (near(matrices) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_no_step_could_be_nearer_to_1():
+    """The error of each polynomial has the same size and alternating signs at 4 points, which makes it the nearest."""
+    low, high = 0.01, 1.0
+    for a, b, c in muon.COEFFICIENTS:
+        turns = np.sqrt(np.roots([5 * c, 3 * b, a]))  # the derivative's zeros
+        points = np.array([low, *sorted(turns), high])
+        errors = a * points + b * points**3 + c * points**5 - 1
+        assert all(low < turn < high for turn in turns)
+        np.testing.assert_allclose(errors, errors[3] * np.array([-1, 1, -1, 1]), atol=1e-3)
+        low, high = 1 - errors[3], 1 + errors[3]
+    assert (low, high) == pytest.approx((0.73, 1.27), abs=0.01)
 
 
 def test_every_convolution_of_a_network_but_the_stem():
