@@ -8,6 +8,7 @@ from typing import Any
 from fastres.data import DECODE
 from fastres.data.datasets import DATASETS
 from fastres.data.plan import STEPS, canonical_augmentation
+from fastres.data.sizes import canonical_schedule, image_sizes
 from fastres.errors import UserError
 from fastres.fields import as_flag, check_fields, flag
 from fastres.models import INITS, MODELS
@@ -120,6 +121,12 @@ class TrainConfig:
         f"steps for training images, joined by dashes: any of {', '.join(STEPS)}; or none; digits: none",
         "crop-flip",
     )
+    image_size_schedule: str = flag(
+        "Data",
+        "smaller images first: 24:0.65 is 24x24 pixels in the first 65%% of the steps and then 32x32; several are "
+        "joined by commas; none: 32x32 throughout; VGGs need that",
+        "none",
+    )
     train_fraction: float = flag(
         "Data", "part of the training set to train on, drawn from the seed", 1.0, interval="(0, 1]"
     )
@@ -223,6 +230,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         for fits, message in (
+            (
+                len(image_sizes(self.image_size_schedule)) == 1 or self.model.startswith("resnet"),
+                f"--image-size-schedule: {self.model} halves its images five times, so they need 32 pixels; remove it, "
+                "or choose a resnet",
+            ),
             (self.fused is not False or not self.sync_bn, "--sync-bn: needs the fused operator; remove --no-fused"),
             (
                 self.momentum > 0 or not self.nesterov or self.optimizer != "sgd",
@@ -245,6 +257,7 @@ class TrainConfig:
                 raise UserError(message)
         # one spelling of equal settings, for config.json and for comparisons
         object.__setattr__(self, "augmentation", canonical_augmentation(self.augmentation))
+        object.__setattr__(self, "image_size_schedule", canonical_schedule(self.image_size_schedule))
 
 
 def over_recipe(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from fastres import profile
 from fastres.data import create_loader
 from fastres.data.image_folder import folder
 from fastres.data.plan import training_plan
-from fastres.models import create_model
+from fastres.models import MODELS, create_model
 from fastres.ops.batch_norm_relu import launch
 from fastres.profiling import roofline
 from fastres.profiling.measure import interleave
 from fastres.training import selfcheck
+from tests.conftest import tiny_model
 from tests.training.test_trainer import make_trainer, random_batches, train_epoch
 
 dali = pytest.importorskip("fastres.data.dali")
@@ -121,6 +122,15 @@ def test_a_run_and_its_continuation(log, arrays, tmp_path, tiny_vgg11, command_l
     assert log.count("capture") == 1
     assert log.count("replay") > 2 * summary["train_images"] // 32 - 2
     assert command_line("--resume", folder, "--epochs", 3) == 0
+
+
+def test_smaller_images_first(log, tmp_path, monkeypatch, command_line):
+    monkeypatch.setitem(MODELS, "resnet18", tiny_model)
+    flags = ("--model", "resnet18", "--dataset", "digits", "--device", "cuda", "--amp", "bf16", "--epochs", 1)
+    sizes = ("--image-size-schedule", "12:0.5,24:0.75")
+    assert command_line(*flags, *sizes, "--output-dir", tmp_path / "run") == 0
+    assert log.count("capture") == 3
+    assert log.count("replay") == 1437 // 32
 
 
 def test_a_profile(log, tmp_path, tiny_vgg11, monkeypatch):

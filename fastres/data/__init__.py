@@ -16,7 +16,7 @@ DECODE = ("auto", "once", "every-epoch")  # when image files are decoded
 
 
 class Loader(Protocol):
-    """Gives the batches of an epoch: float32 images ``[B, 3, 32, 32]`` and int64 labels ``[B]``.
+    """Gives the batches of an epoch: float32 images ``[B, 3, 32, 32]``, or of the plan's size, int64 labels ``[B]``.
 
     ``starts_anew``: every epoch starts the workers again, so its first batch takes longer.
     """
@@ -31,8 +31,9 @@ class Loader(Protocol):
 class PlanLoader:
     """Base of DaliLoader and EagerLoader, which take the same arguments and apply the same plan.
 
-    Batches are float32 images ``[B, 3, 32, 32]``, normalised with ``mean`` and ``std``, and int64 labels ``[B]``. In a
-    training loop of your own, with ``images``, uint8 ``[N, 32, 32, 3]``, and ``labels``, integers ``[N]``::
+    Batches are float32 images ``[B, 3, 32, 32]``, or of the plan's size, normalised with ``mean`` and ``std``, and
+    int64 labels ``[B]``. In a training loop of your own, with ``images``, uint8 ``[N, 32, 32, 3]``, and ``labels``,
+    integers ``[N]``::
 
         loader = DaliLoader((images, labels), lambda epoch: training_plan(0, epoch, len(images), "crop-flip"))
         for epoch in range(30):

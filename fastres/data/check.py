@@ -42,9 +42,10 @@ def check_loader(
             images, labels = map(torch.as_tensor, batch)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"image {i}: batches must be pairs of images and labels ({first_line(error)})") from error
-        if images.ndim != 4 or images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE) or not images.is_floating_point():
+        size = IMAGE_SIZE if plan.size is None else plan.size[min(i, len(plan) - 1)]
+        if images.ndim != 4 or images.shape[1:] != (3, size, size) or not images.is_floating_point():
             raise UserError(
-                f"image {i}: shape or dtype: batches must be float [B, 3, 32, 32], not {images.dtype} "
+                f"image {i}: shape or dtype: batches must be float [B, 3, {size}, {size}], not {images.dtype} "
                 f"{list(images.shape)}"
             )
         if labels.shape != images.shape[:1] or labels.is_floating_point():

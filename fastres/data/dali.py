@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastres.data import Batch, PlanLoader, pixels_on_gpu
 from fastres.data.image_folder import decode_image
-from fastres.data.plan import CUTOUT_SIZE, EpochPlan
+from fastres.data.plan import CROP_PADDING, EpochPlan
 from fastres.data.splits import IMAGE_SIZE, Split
 
 Images = np.ndarray | torch.Tensor | list[np.ndarray]  # pixels uint8 [N, 32, 32, 3], on a GPU if a tensor; or files
@@ -85,7 +85,9 @@ class DaliLoader(PlanLoader):
         plan_of_epoch = lru_cache(maxsize=1)(self.plan_of_epoch)
         augmentations = {  # dtype, ndim and layout of a sample
             "crop": (types.INT32, 1, None),
+            "reflectcrop": (types.INT32, 1, None),
             "flip": (types.INT32, 0, None),
+            "size": (types.INT32, 0, None),
             "cutout": (types.FLOAT, 1, None),
             "erasing": (types.FLOAT, 1, None),
         }
@@ -122,15 +124,11 @@ class DaliLoader(PlanLoader):
                 images = images.gpu()
             if self.device.type == "cuda":
                 labels = labels.gpu()
+            window: dict[str, Any] = {"shape": [IMAGE_SIZE] * 2, "axes": [0, 1]}
             if "crop" in batch:
-                images = fn.slice(
-                    images,
-                    start=batch["crop"],
-                    shape=[IMAGE_SIZE, IMAGE_SIZE],
-                    axes=[0, 1],
-                    out_of_bounds_policy="pad",
-                    fill_values=0,
-                )
+                images = fn.slice(images, start=batch["crop"], out_of_bounds_policy="pad", fill_values=0, **window)
+            if "reflectcrop" in batch:
+                images = fn.slice(_reflected(images), start=batch["reflectcrop"] + CROP_PADDING, **window)
             images = fn.crop_mirror_normalize(
                 images,
                 mirror=batch.get("flip", 0),
@@ -139,17 +137,10 @@ class DaliLoader(PlanLoader):
                 dtype=types.FLOAT,
                 output_layout="HWC",
             )
-            if "cutout" in batch:
-                images = fn.erase(
-                    images,
-                    anchor=batch["cutout"],
-                    shape=[float(CUTOUT_SIZE)] * 2,
-                    axes=[0, 1],
-                    centered_anchor=True,
-                    fill_value=0.0,
-                )
-            if "erasing" in batch:
-                box = batch["erasing"]
+            if "size" in batch:
+                size = fn.cast(batch["size"], dtype=types.FLOAT)
+                images = fn.resize(images, resize_x=size, resize_y=size, interp_type=types.INTERP_LINEAR)
+            for box in (batch[name] for name in ("cutout", "erasing") if name in batch):
                 images = fn.erase(images, anchor=box[:2], shape=box[2:], axes=[0, 1], fill_value=0.0)
             pipeline.set_outputs(images, labels)
         pipeline.build()
@@ -190,6 +181,19 @@ class _PlannedBatches:
         if self.uploaded is None or self.uploaded[0] is not order:  # once an epoch
             self.uploaded = order, torch.from_numpy(order).to(array.device)
         return array[self.uploaded[1][rows]]
+
+
+def _reflected(images: DataNode) -> DataNode:
+    """``images`` with their reflection in CROP_PADDING pixels around them."""
+    for axis in (0, 1):
+        before, after = (
+            fn.flip(
+                fn.slice(images, start=[start], shape=[CROP_PADDING], axes=[axis]), vertical=1 - axis, horizontal=axis
+            )
+            for start in (1, IMAGE_SIZE - 1 - CROP_PADDING)
+        )
+        images = fn.cat(before, images, after, axis=axis)
+    return images
 
 
 def decode(split: Split, workers: int, device: torch.device) -> np.ndarray | torch.Tensor:

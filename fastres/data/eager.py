@@ -14,7 +14,7 @@ from torchvision.transforms import functional as F
 
 from fastres.data import Batch, PlanLoader
 from fastres.data.image_folder import decode_image
-from fastres.data.plan import CROP_PADDING, CUTOUT_SIZE, EpochPlan
+from fastres.data.plan import CROP_PADDING, EpochPlan
 from fastres.data.splits import IMAGE_SIZE, Split
 from fastres.errors import RunError
 
@@ -90,17 +90,19 @@ class _PlannedImages(Dataset):
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         plan, index = self.plan, self.plan.order[i]
         image = _image(self.split, index)
-        if plan.crop is not None:
-            top, left = (plan.crop[i] + CROP_PADDING).tolist()
-            image = F.crop(F.pad(image, CROP_PADDING), top, left, IMAGE_SIZE, IMAGE_SIZE)
+        for crop, mode in ((plan.crop, "constant"), (plan.reflectcrop, "reflect")):
+            if crop is not None:
+                top, left = (crop[i] + CROP_PADDING).tolist()
+                image = F.crop(F.pad(image, CROP_PADDING, padding_mode=mode), top, left, IMAGE_SIZE, IMAGE_SIZE)
         if plan.flip is not None and plan.flip[i]:
             image = F.hflip(image)
         tensor = F.normalize(F.to_tensor(image), self.mean, self.std)
-        if plan.cutout is not None:
-            row, column = plan.cutout[i].astype(int).tolist()
-            half = CUTOUT_SIZE // 2
-            tensor[:, max(row - half, 0) : row + half, max(column - half, 0) : column + half] = 0
-        if plan.erasing is not None:
-            top, left, height, width = plan.erasing[i].astype(int).tolist()
-            tensor[:, top : top + height, left : left + width] = 0
+        if plan.size is not None and plan.size[i] < IMAGE_SIZE:
+            size = int(plan.size[i])  # beyond its border the image goes on with the border's values, as in DALI
+            around = F.resize(F.pad(tensor, IMAGE_SIZE, padding_mode="edge"), [3 * size] * 2, antialias=True)
+            tensor = around[:, size : 2 * size, size : 2 * size].contiguous()
+        for box in (plan.cutout, plan.erasing):
+            if box is not None:
+                top, left, height, width = box[i].astype(int).tolist()
+                tensor[:, top : top + height, left : left + width] = 0
         return tensor, int(self.split.labels[index])

@@ -15,7 +15,7 @@ import numpy as np
 from fastres.data.splits import IMAGE_SIZE
 from fastres.errors import UserError
 
-CROP_PADDING = 4  # pixels of zeros around the image before the random crop
+CROP_PADDING = 4  # pixels around the image before the random crop
 CUTOUT_SIZE = 16  # pixels, both sides
 # torchvision's defaults for RandomErasing
 ERASING_PROBABILITY = 0.5
@@ -29,12 +29,17 @@ class EpochPlan:
     """One epoch of N images; row i of every array belongs to the i-th image that is shown.
 
     order: int64 ``[N]``, which image of the split it is.
-    crop: int32 ``[N, 2]``, top and left of the 32x32 window in the unpadded image, -4 to 4; None: not cropped.
+    crop: int32 ``[N, 2]``, top and left of the 32x32 window in the unpadded image, -4 to 4; None: not cropped. Around
+        the image are zeros (step ``crop``).
+    reflectcrop: like ``crop``, but around the image is its reflection without the border pixel, as NumPy's ``reflect``.
     flip: int32 ``[N]``, 1 where the cropped image is mirrored left to right; None: not flipped. Drawn anew in every
         epoch (step ``flip``), or drawn once for each image and then alternating (``altflip``, Jordan 2024,
         arXiv:2404.00498, section 3.6), so that two epochs show every image both ways.
-    cutout: float32 ``[N, 2]``, row and column of the centre of the 16x16 square that is set to the mean after
-        normalisation, 0 to 31, clipped at the border (DeVries & Taylor 2017, arXiv:1708.04552); None: no cutout.
+    size: int32 ``[N]``, pixels a side to which the image is resized after flip and normalisation, antialiased; the
+        same in a whole batch; None: 32.
+    cutout: float32 ``[N, 4]``, top, left, height and width of the rectangle that is set to the mean after
+        normalisation: a 16x16 square, centred on any pixel and clipped at the border (DeVries & Taylor 2017,
+        arXiv:1708.04552); None: no cutout.
     erasing: float32 ``[N, 4]``, top, left, height and width of the rectangle that is set to the mean after
         normalisation, drawn as torchvision's RandomErasing does (Zhong et al. 2017, arXiv:1708.04896); height and
         width are 0 where nothing is erased; None: no erasing.
@@ -42,7 +47,9 @@ class EpochPlan:
 
     order: np.ndarray
     crop: np.ndarray | None = None
+    reflectcrop: np.ndarray | None = None
     flip: np.ndarray | None = None
+    size: np.ndarray | None = None
     cutout: np.ndarray | None = None
     erasing: np.ndarray | None = None
 
@@ -63,9 +70,21 @@ class EpochPlan:
         return replace(self, **{name: column[rows] for name, column in vars(self).items() if column is not None})
 
 
+def draw_crop(rng: np.random.Generator, num_images: int) -> np.ndarray:
+    """The plan's column ``crop``."""
+    return rng.integers(-CROP_PADDING, CROP_PADDING + 1, (num_images, 2), np.int32)
+
+
 def draw_flip(rng: np.random.Generator, num_images: int) -> np.ndarray:
     """The plan's column ``flip``."""
     return rng.integers(0, 2, num_images, np.int32)
+
+
+def draw_cutout(rng: np.random.Generator, num_images: int) -> np.ndarray:
+    """The plan's column ``cutout``."""
+    centre = rng.integers(0, IMAGE_SIZE, (num_images, 2))
+    corners = [np.clip(centre + offset, 0, IMAGE_SIZE) for offset in (-CUTOUT_SIZE // 2, CUTOUT_SIZE // 2)]
+    return np.hstack([corners[0], corners[1] - corners[0]]).astype(np.float32)
 
 
 def draw_erasing(rng: np.random.Generator, num_images: int) -> np.ndarray:
@@ -87,22 +106,28 @@ def draw_erasing(rng: np.random.Generator, num_images: int) -> np.ndarray:
 # The steps of augmentation in the order in which they are drawn and applied: crop and flip to the pixels, the others
 # after normalisation. Each draws the EpochPlan's column of its name, altflip draws flip; both loaders apply that.
 STEPS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
-    "crop": lambda rng, images: rng.integers(-CROP_PADDING, CROP_PADDING + 1, (images, 2), np.int32),
+    "crop": draw_crop,
+    "reflectcrop": draw_crop,
     "flip": draw_flip,
     "altflip": draw_flip,
-    "cutout": lambda rng, images: rng.integers(0, IMAGE_SIZE, (images, 2)).astype(np.float32),
+    "cutout": draw_cutout,
     "erasing": draw_erasing,
 }
+
+
+ALTERNATIVES = {"flip", "altflip"}, {"crop", "reflectcrop"}
 
 
 def canonical_augmentation(augmentation: str) -> str:
     """``none``, or the steps that ``augmentation`` joins by dashes in any order, in the order of ``STEPS``."""
     names = augmentation.split("-")
     steps = [name for name in STEPS if name in names]
-    if (len(steps) < len(names) and augmentation != "none") or {"flip", "altflip"} <= set(steps):
+    together = any(pair <= set(steps) for pair in ALTERNATIVES)
+    if (len(steps) < len(names) and augmentation != "none") or together:
         raise UserError(
             f"--augmentation {reprlib.repr(augmentation)}: must be none, or steps joined by dashes, each at most once, "
-            f"for instance crop-flip; the steps are {', '.join(STEPS)}; not flip with altflip"
+            f"for instance crop-flip; the steps are {', '.join(STEPS)}; not flip with altflip, nor crop with "
+            "reflectcrop"
         )
     return "-".join(steps) or "none"
 
@@ -117,6 +142,13 @@ def training_plan(seed: int, epoch: int, num_images: int, augmentation: str) -> 
         first = draw_flip(np.random.Generator(np.random.Philox(np.random.SeedSequence([seed]))), num_images)
         columns["flip"] = (first[order] + epoch).astype(np.int32) % 2
     return EpochPlan(order, **columns)
+
+
+def resized(plan: EpochPlan, size: np.ndarray) -> EpochPlan:
+    """``plan`` with its column ``size``; what is erased is scaled with the images, to whole pixels."""
+    boxes = {name: getattr(plan, name) for name in ("cutout", "erasing") if getattr(plan, name) is not None}
+    scale = (size / IMAGE_SIZE).astype(np.float32)[:, None]
+    return replace(plan, size=size, **{name: np.rint(box * scale) for name, box in boxes.items()})
 
 
 def evaluation_plan(num_images: int) -> EpochPlan:

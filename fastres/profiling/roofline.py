@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastres.data.splits import IMAGE_SIZE
+
 COPY_BYTES = 2**28  # far more than a cache holds
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 CALLS = {"cpu": 1, "cuda": 10}  # between two synchronisations, which take 5% of the time of a copy on an H100
@@ -36,18 +38,20 @@ class Machine:
     bytes_per_second: float
 
 
-def forward_macs(model: nn.Module) -> int:
-    """Multiply-adds of convolutions and linear layers for one image ``[3, 32, 32]``: a model's published FLOPs or MACs.
+def forward_macs(model: nn.Module, size: int = IMAGE_SIZE) -> int:
+    """Multiply-adds of convolutions and linear layers for one image ``[3, size, size]``: a model's published FLOPs or
+    MACs.
 
     ``model`` is on the meta device.
     """
     with FlopCounterMode(display=False) as counter:
-        model.eval()(torch.empty(1, 3, 32, 32, device="meta"))
+        model.eval()(torch.empty(1, 3, size, size, device="meta"))
     return counter.get_total_flops() // 2
 
 
-def step_kernels(model: nn.Module, batch_size: int, dtype: torch.dtype) -> list[Kernel]:
-    """The kernels of a training step on ``batch_size`` images, with activations and gradients in ``dtype``.
+def step_kernels(model: nn.Module, batch_size: int, dtype: torch.dtype, size: int = IMAGE_SIZE) -> list[Kernel]:
+    """The kernels of a training step on images ``[batch_size, 3, size, size]``, with activations and gradients in
+    ``dtype``.
 
     A convolution or linear layer is three products of the same size: output, gradient of the input (not for the first
     layer) and gradient of the weight. A batch norm with its residual and ReLU is one kernel in two passes: forward it
@@ -74,7 +78,7 @@ def step_kernels(model: nn.Module, batch_size: int, dtype: torch.dtype) -> list[
     kinds = nn.Conv2d, nn.Linear, nn.BatchNorm2d, *POOLING
     modules = [module for module in model.train().modules() if isinstance(module, kinds)]
     handles = [module.register_forward_hook(count, with_kwargs=True) for module in modules]
-    model(torch.empty(batch_size, 3, 32, 32, device="meta"))
+    model(torch.empty(batch_size, 3, size, size, device="meta"))
     for handle in handles:
         handle.remove()
     return kernels

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastres.config import ENGINE
+from fastres.data.sizes import mean_area
 from fastres.profiling.measure import ContinuingLoader, train
 from fastres.report.results import read_summary
 from fastres.studies.plan import PlannedRun
@@ -17,7 +18,17 @@ from fastres.training.hardware import tune_libraries
 from fastres.training.run import Run
 
 # what decides the images a second
-SPEED_SETTINGS = ("model", "batch_size", "augmentation", "device", "decode", "workers", *ENGINE)
+SPEED_SETTINGS = (
+    "model",
+    "batch_size",
+    "augmentation",
+    "image_size_schedule",
+    "optimizer",
+    "device",
+    "decode",
+    "workers",
+    *ENGINE,
+)
 MEASURED_STEPS = 2  # of each model
 
 
@@ -50,12 +61,13 @@ def print_estimate(planned: list[PlannedRun], console: Console) -> None:
 def measure(run: PlannedRun) -> float:
     """Training images a second over a few steps, uncompiled, once the loader has started; writes nothing."""
     few = np.arange((MEASURED_STEPS + 1) * run.config.batch_size) % len(run.dataset.train)
-    config = replace(run.config, compile=False, val_fraction=0.0)
+    schedule = run.config.image_size_schedule
+    config = replace(run.config, compile=False, val_fraction=0.0, image_size_schedule="none")
     tune_libraries(config.device)
     trial = Run(config, replace(run.dataset, train=run.dataset.train.take(few)))
     trial.trainer.warm_up()
     epoch = train(trial.trainer, ContinuingLoader(trial.train_loader, MEASURED_STEPS))
-    return epoch.images / epoch.seconds
+    return epoch.images / epoch.seconds / mean_area(schedule)
 
 
 def duration(seconds: float) -> str:

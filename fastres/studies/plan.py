@@ -10,6 +10,7 @@ import torch
 
 from fastres.config import TrainConfig, over_recipe
 from fastres.data.datasets import MINI_CIFAR10_CLASSES, load_dataset
+from fastres.data.sizes import mean_area
 from fastres.data.splits import Dataset
 from fastres.errors import UserError, named
 from fastres.fields import check_fields, flag
@@ -91,8 +92,9 @@ class PlannedRun:
 
     @property
     def work(self) -> float:
-        """GFLOP of its training, the unit of a study's progress."""
-        return 3 * self.forward_gflop * self.config.epochs * len(self.dataset.train)
+        """About the GFLOP of its training, the unit of a study's progress."""
+        images = self.config.epochs * len(self.dataset.train) * mean_area(self.config.image_size_schedule)
+        return 3 * self.forward_gflop * images
 
     @property
     def finished(self) -> bool:

@@ -6,6 +6,7 @@ from contextlib import suppress
 import torch
 
 from fastres.config import TrainConfig
+from fastres.data.splits import IMAGE_SIZE
 from fastres.errors import RunError
 from fastres.models import create_model
 from fastres.profiling.roofline import Machine, forward_macs, limit_seconds, measure_machine, step_kernels
@@ -16,12 +17,19 @@ from fastres.training.trainer import AMP_DTYPES, explain_out_of_memory
 MEASURED_FLOP = {"cpu": 1e14, "cuda": 1e16}
 
 
-def flop_an_image(config: TrainConfig, num_classes: int) -> float:
-    """Floating-point operations of training on an image: three times those of a forward pass (forward, gradient of the
-    input, gradient of the weight), of convolutions and linear layers; a multiply-add is two."""
+def flop_an_image(config: TrainConfig, num_classes: int, size: int = IMAGE_SIZE) -> float:
+    """Floating-point operations of training on an image of ``size`` pixels a side: three times those of a forward pass
+    (forward, gradient of the input, gradient of the weight), of convolutions and linear layers; a multiply-add is
+    two."""
     with torch.device("meta"):
         model = create_model(config.model, num_classes, config.zero_gamma, fused=False)
-    return 3 * 2 * forward_macs(model)
+    return 3 * 2 * forward_macs(model, size)
+
+
+def train_flop(config: TrainConfig, num_classes: int, images: int, steps: dict[int, int]) -> float:
+    """Floating-point operations of ``steps``, by size of image, which show ``images`` images in all."""
+    flop = sum(count * flop_an_image(config, num_classes, size) for size, count in steps.items() if count)
+    return flop * images / sum(steps.values())
 
 
 def measure_rates(config: TrainConfig, device: torch.device, flop: float) -> Machine | None:
@@ -35,16 +43,22 @@ def measure_rates(config: TrainConfig, device: torch.device, flop: float) -> Mac
     return None
 
 
-def share_of_limit(config: TrainConfig, num_classes: int, images_per_second: float, rates: list[Machine]) -> float:
-    """The roofline limit of a step at the mean of ``rates``, over the seconds that it took: 1 is the limit."""
+def share_of_limit(
+    config: TrainConfig, num_classes: int, steps: dict[int, int], seconds: float, rates: list[Machine]
+) -> float | None:
+    """The roofline limit of ``steps``, by size of image, at the mean of ``rates``, over the seconds that they took; 1
+    is the limit. None without rates.
+    """
+    if not rates:
+        return None
     mean = Machine(
         sum(machine.flops_per_second for machine in rates) / len(rates),
         sum(machine.bytes_per_second for machine in rates) / len(rates),
     )
     with torch.device("meta"):
         model = create_model(config.model, num_classes, config.zero_gamma)
-    kernels = step_kernels(model, config.batch_size, AMP_DTYPES[config.amp])
-    return limit_seconds(kernels, mean) * images_per_second / config.batch_size
+    kernels = {size: step_kernels(model, config.batch_size, AMP_DTYPES[config.amp], size) for size in steps}
+    return sum(count * limit_seconds(kernels[size], mean) for size, count in steps.items()) / seconds
 
 
 def energy(device: torch.device) -> float | None:

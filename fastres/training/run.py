@@ -9,12 +9,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from fastres.config import TrainConfig
 from fastres.data import Loader, create_loader
-from fastres.data.plan import EpochPlan, evaluation_plan, training_plan
+from fastres.data.plan import EpochPlan, evaluation_plan, resized, training_plan
+from fastres.data.sizes import size_of_steps, steps_of_sizes
 from fastres.data.splits import Dataset, Split
 from fastres.errors import Interrupted, RunError, UserError
 from fastres.fields import as_json
@@ -24,7 +26,7 @@ from fastres.profiling.roofline import Machine
 from fastres.training import distributed
 from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights
 from fastres.training.clock import Clock
-from fastres.training.cost import energy, flop_an_image, measure_rates
+from fastres.training.cost import energy, measure_rates, train_flop
 from fastres.training.epoch import Epoch, Evaluation
 from fastres.training.event_log import EventLog
 from fastres.training.hardware import steps_per_epoch
@@ -69,8 +71,7 @@ class Run:
         )
         images = len(dataset.train)
         steps = steps_per_epoch(config, images)
-        images = steps * config.batch_size if config.drop_last else images
-        self.train_flop = config.epochs * images * flop_an_image(config, len(dataset.classes))
+        self.images_per_epoch = steps * config.batch_size if config.drop_last else images
         self.rates: list[Machine] = []  # of the machine, before and after training
         self.joules: float | None = None  # of the GPU; of a run in one piece
         self.trainer = Trainer(model, config, self.device, len(dataset.classes), steps)
@@ -117,11 +118,29 @@ class Run:
             "std": list(self.dataset.std),
         }
 
+    def steps_of_sizes(self, epochs: int) -> dict[int, int]:
+        """The steps of the first ``epochs`` epochs by the size of their images."""
+        steps = self.trainer.steps_per_epoch
+        return steps_of_sizes(self.config.image_size_schedule, self.config.epochs * steps, epochs * steps)
+
+    def flop(self, epochs: int) -> float:
+        """Floating-point operations of training in the first ``epochs`` epochs."""
+        images = epochs * self.images_per_epoch
+        return train_flop(self.config, len(self.dataset.classes), images, self.steps_of_sizes(epochs))
+
     @cached_property
     def train_loader(self) -> Loader:
         """Created on first use, because it decodes every image of a folder."""
         config, images = self.config, len(self.dataset.train)
-        plan = partial(training_plan, config.seed, num_images=images, augmentation=config.augmentation)
+        steps = self.trainer.steps_per_epoch
+
+        def plan(epoch: int) -> EpochPlan:
+            whole = training_plan(config.seed, epoch, images, config.augmentation)
+            if config.image_size_schedule == "none":
+                return whole
+            step = epoch * steps + np.arange(images) // config.batch_size
+            return resized(whole, size_of_steps(config.image_size_schedule, step, config.epochs * steps))
+
         with self.clock.phase("data"):
             return self._loader(self.dataset.train, plan, config.batch_size, config.drop_last)
 
@@ -175,7 +194,7 @@ class Run:
 
     def _measure(self) -> None:
         with self.clock.phase("measuring"):
-            if rates := measure_rates(self.config, self.device, self.train_flop):
+            if rates := measure_rates(self.config, self.device, self.flop(self.config.epochs)):
                 self.rates.append(rates)
 
     def _claim_folder(self, stack: ExitStack) -> Path:

@@ -104,7 +104,7 @@ def check_cuda_graph(device: torch.device) -> None:
         trainer = Trainer(model, replace(config, cuda_graphs=graphs), device, 10, STEPS)
         trainer.warm_up(evaluation=False)
         trainer.model.train()
-        step = trainer.replay or trainer._step
+        step = trainer.replays.get(images.shape, trainer._step)
         seen = []
         for number in range(STEPS):
             trainer._set_lr(number)

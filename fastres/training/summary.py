@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastres.config import ENGINE
 from fastres.machine import commit, device_name, peak_memory_mb, versions
 from fastres.training import distributed
-from fastres.training.cost import share_of_limit
+from fastres.training.cost import flop_an_image, share_of_limit
 from fastres.training.history import best_row, cumulative_seconds, target_row
 
 if TYPE_CHECKING:
@@ -23,11 +23,12 @@ def summarize(run: "Run") -> dict[str, Any]:
     best, last, reached = best_row(history), history[-1], target_row(history, config.target_accuracy)
     seconds = cumulative_seconds(history)
     speed = median(row["images_per_second"] for row in history)
-    flop = run.train_flop * len(history) / config.epochs
+    flop, classes = run.flop(len(history)), run.dataset.classes
+    epoch_flop = run.images_per_epoch * flop_an_image(config, len(classes))
+    limit = share_of_limit(config, len(classes), run.steps_of_sizes(len(history)), seconds[-1], run.rates)
     peak_memory = peak_memory_mb(trainer.device)
     evaluation = run.evaluate_weights(config.select)
     phases = run.clock.read()
-    classes = run.dataset.classes
     return {
         "model": config.model,
         "dataset": run.dataset.name,
@@ -66,9 +67,10 @@ def summarize(run: "Run") -> dict[str, Any]:
         "phase_seconds": phases,
         "price": sum(phases.values()) / 3600 * config.price_per_hour or None,
         "train_flop": flop,
+        "epochs_work": flop / epoch_flop,
         "train_flop_per_second": flop / seconds[-1],
         "machine_rates": [asdict(rates) for rates in run.rates],
-        "share_of_limit": share_of_limit(config, len(classes), speed, run.rates) if run.rates else None,
+        "share_of_limit": limit,
         "joules": run.joules,
         "first_losses": trainer.first_losses,
         "peak_memory_mb": peak_memory,

@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastres.config import TrainConfig
 from fastres.data import Loader
+from fastres.data.sizes import image_sizes
+from fastres.data.splits import IMAGE_SIZE
 from fastres.errors import RunError
 from fastres.training import distributed
 from fastres.training.casts import with_cast_weights
@@ -80,7 +82,8 @@ class Trainer:
             self.forward = compiled(DistributedDataParallel(self.model), config)
         elif device.type == "cuda" and config.amp != "off" and not config.compile:  # a compiler fuses the casts itself
             self.forward = with_cast_weights(self.model, AMP_DTYPES[config.amp])
-        self.replay: Step | None = None  # the step as a CUDA graph
+        self.sizes = [size for size, _ in image_sizes(config.image_size_schedule)]  # of images, in pixels a side
+        self.replays: dict[torch.Size, Step] = {}  # the step as a CUDA graph, for batches of a shape
         self.losses: list[torch.Tensor] = []  # of the first steps of the run
         self.waits: list[tuple[Mark, Mark]] = []  # start and end of each wait for a batch since the last settle
         with explain_out_of_memory("--model", config.model):
@@ -104,25 +107,26 @@ class Trainer:
         values, scaler = [tensor.clone() for tensor in tensors], self.scaler.state_dict()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             with explain_out_of_memory("--batch-size", self.config.batch_size):
-                self._warm_up(self.config.batch_size, training=True)
+                for size in self.sizes:
+                    self._warm_up(self.config.batch_size, size, training=True)
             if evaluation:
                 with explain_out_of_memory("--eval-batch-size", self.config.eval_batch_size):
-                    self._warm_up(self.config.eval_batch_size, training=False)
+                    self._warm_up(self.config.eval_batch_size, IMAGE_SIZE, training=False)
         for tensor, value in zip(tensors, values, strict=True):
             tensor.copy_(value)  # in place, at the address that a graph uses
         self.scaler.load_state_dict(scaler)
         self.synchronize()
         return time.perf_counter() - start
 
-    def _warm_up(self, batch_size: int, training: bool) -> None:
-        size = distributed.largest_shard(batch_size)
-        images, labels = self._to_device(torch.randn(size, 3, 32, 32), torch.zeros(size, dtype=torch.int64))
+    def _warm_up(self, batch_size: int, size: int, training: bool) -> None:
+        batch = distributed.largest_shard(batch_size)
+        images, labels = self._to_device(torch.randn(batch, 3, size, size), torch.zeros(batch, dtype=torch.int64))
         self.model.train(training)
         if not training:
             with torch.no_grad(), self._autocast():
                 self.predict(images)
         elif self.config.cuda_graphs:
-            self.replay = captured(self._step, images, labels)
+            self.replays[images.shape] = captured(self._step, images, labels)
         else:
             self._step(images, labels)
 
@@ -144,8 +148,8 @@ class Trainer:
             epoch.lr = self._set_lr(epoch.number * self.steps_per_epoch + epoch.steps)
             with explain_out_of_memory("--batch-size", self.config.batch_size):
                 images, labels = self._to_device(images, labels)
-                if self.replay and len(labels) == self.config.batch_size:
-                    loss, logits = self.replay(images, labels)
+                if replay := self.replays.get(images.shape):
+                    loss, logits = replay(images, labels)
                 else:
                     loss, logits = self._step(images, labels, weight)
             if epoch.number == 0 and epoch.steps < FIRST_STEPS:

@@ -13,7 +13,7 @@ from torchvision.transforms import functional as F
 
 from fastres.data import choose_loader, create_loader
 from fastres.data.image_folder import decode_image, folder
-from fastres.data.plan import EpochPlan, evaluation_plan, training_plan
+from fastres.data.plan import EpochPlan, evaluation_plan, resized, training_plan
 from fastres.data.splits import CIFAR10_MEAN, CIFAR10_STD, Dataset, Split
 from fastres.errors import UserError
 from tests.conftest import write_folder
@@ -21,7 +21,7 @@ from tests.conftest import write_folder
 dali = pytest.importorskip("fastres.data.dali")
 
 LOADERS = ("dali", "eager")
-AUGMENTATIONS = ("none", "crop-flip", "crop-flip-cutout", "erasing", "crop-altflip-cutout-erasing")
+AUGMENTATIONS = ("none", "crop-flip", "crop-flip-cutout", "erasing", "reflectcrop-altflip-cutout-erasing")
 CPU = torch.device("cpu")
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
@@ -46,24 +46,39 @@ def epoch_of(loader, epoch=0):
 
 
 def reference(dataset: Dataset, split: Split, plan: EpochPlan) -> np.ndarray:
-    """The definition, in float64."""
+    """The definition, in float64; a list of images where sizes differ."""
     out = []
     for i, index in enumerate(plan.order):
         image = split.images[index]
         if plan.crop is not None:
             top, left = plan.crop[i] + 4
             image = np.pad(image, ((4, 4), (4, 4), (0, 0)))[top : top + 32, left : left + 32]
+        if plan.reflectcrop is not None:
+            top, left = plan.reflectcrop[i] + 4
+            image = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect")[top : top + 32, left : left + 32]
         if plan.flip is not None and plan.flip[i]:
             image = image[:, ::-1]
         image = (image / 255.0 - dataset.mean) / dataset.std
-        if plan.cutout is not None:
-            rows, columns = (np.abs(np.arange(32) - centre + 0.5) < 8 for centre in plan.cutout[i])
-            image[np.ix_(rows, columns)] = 0
-        if plan.erasing is not None:
-            top, left, height, width = plan.erasing[i].astype(int)
-            image[top : top + height, left : left + width] = 0
+        if plan.size is not None:
+            weights = triangles(plan.size[i])
+            image = np.einsum("yh,xw,hwc->yxc", weights, weights, image)
+        for box in (plan.cutout, plan.erasing):
+            if box is not None:
+                top, left, height, width = box[i].astype(int)
+                image[top : top + height, left : left + width] = 0
         out.append(image.transpose(2, 0, 1))
-    return np.stack(out)
+    return np.stack(out) if plan.size is None else out
+
+
+def triangles(size: int) -> np.ndarray:
+    """The weights [size, 32] of bilinear interpolation whose filter is as wide as the scale (antialiased), with the
+    border's values beyond the border."""
+    scale = 32 / size
+    pixels = np.arange(-32, 64)
+    distance = np.abs(pixels + 0.5 - (np.arange(size)[:, None] + 0.5) * scale)
+    weights = np.zeros((size, 32))
+    np.add.at(weights.T, pixels.clip(0, 31), np.maximum(1 - distance / scale, 0).T)
+    return weights / weights.sum(1, keepdims=True)
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -120,6 +135,20 @@ def test_batches_are_what_the_plan_says(name, augmentation, device, arrays):
         images, labels = epoch_of(loader, epoch)
         np.testing.assert_array_equal(labels, plan.order)
         np.testing.assert_allclose(images, reference(arrays, split, plan), atol=2e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LOADERS)
+def test_batches_of_smaller_images(name, device, arrays):
+    sizes = np.repeat([12, 24, 27, 32], 16)[:60].astype(np.int32)  # by batch
+    plan = resized(training_plan(5, 0, 60, "crop-flip-cutout-erasing"), sizes)
+    assert {int(width) for width in plan.cutout[:16, 3]} <= set(range(3, 7))
+    loader = make_loader(name, arrays.train, lambda epoch: plan, arrays, device=device)
+    batches = [images.cpu() for images, _ in loader.epoch(0)]
+    assert [list(images.shape[1:]) for images in batches] == [[3, size, size] for size in (12, 24, 27, 32)]
+    images = [image for batch in batches for image in batch]
+    for ours, expected in zip(images, reference(arrays, arrays.train, plan), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

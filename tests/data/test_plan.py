@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import RandomErasing
 
 from fastres.data.plan import canonical_augmentation, evaluation_plan, training_plan
+from fastres.data.sizes import image_sizes, size_of_steps, steps_of_sizes
 from fastres.errors import UserError
 
 IMAGES = 50_000
@@ -24,7 +25,7 @@ def test_is_a_pure_function_of_its_arguments(augmentation):
 def test_other_seeds_and_epochs_draw_anew(seed, epoch):
     first, other = training_plan(0, 0, 1000, ALL_STEPS), training_plan(seed, epoch, 1000, ALL_STEPS)
     for name, value in vars(first).items():
-        assert (value != getattr(other, name)).any(), name
+        assert value is None or (value != getattr(other, name)).any(), name
 
 
 def test_no_two_seeds_have_an_epoch_in_common():
@@ -57,7 +58,10 @@ def test_an_epoch_is_drawn_as_it_always_was():
     assert plan.order.tolist() == [5, 0, 2, 1, 3, 4]
     assert plan.crop.tolist() == [[-3, 4], [-2, -3], [-1, 4], [2, 2], [-1, -3], [1, -1]]
     assert plan.flip.tolist() == [0, 1, 0, 0, 0, 1]
-    assert plan.cutout.tolist() == [[4, 30], [25, 19], [15, 11], [15, 8], [7, 23], [24, 14]]
+    centres = [[4, 30], [25, 19], [15, 11], [15, 8], [7, 23], [24, 14]]
+    for (row, column), (top, left, height, width) in zip(centres, plan.cutout, strict=True):
+        assert (top, top + height) == (max(row - 8, 0), min(row + 8, 32))
+        assert (left, left + width) == (max(column - 8, 0), min(column + 8, 32))
 
 
 @pytest.mark.parametrize(
@@ -72,15 +76,16 @@ def test_the_order_of_the_steps_does_not_matter(given, canonical):
 
 
 @pytest.mark.parametrize(
-    "given", ["", "crop-crop", "crop-none", "none-none", "crop-", "Crop", "x\ny", "x" * 500, "flip-altflip"]
+    "given",
+    ["", "crop-crop", "crop-none", "none-none", "crop-", "Crop", "x\ny", "x" * 500, "flip-altflip", "crop-reflectcrop"],
 )
 def test_unknown_and_repeated_steps(given):
     with pytest.raises(
-        UserError, match=r"the steps are crop, flip, altflip, cutout, erasing; not flip with altflip$"
+        UserError, match=r"the steps are crop, reflectcrop, .*; not flip with altflip, nor crop with reflectcrop$"
     ) as error:
         canonical_augmentation(given)
     assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 250
+    assert len(str(error.value)) < 280
 
 
 def test_rectangles_are_drawn_as_torchvision_draws_them():
@@ -112,7 +117,9 @@ def kolmogorov_smirnov(first, second):
 
 def test_draws_are_uniform_over_their_ranges():
     plan = training_plan(0, 0, IMAGES, "crop-flip-cutout")
-    for values, low, count in ((plan.crop, -4, 9), (plan.cutout, 0, 32), (plan.flip[:, None], 0, 2)):
+    top_left, bottom_right = plan.cutout[:, :2], plan.cutout[:, :2] + plan.cutout[:, 2:]
+    centre = np.where(bottom_right < 32, bottom_right - 8, top_left + 8)
+    for values, low, count in ((plan.crop, -4, 9), (centre, 0, 32), (plan.flip[:, None], 0, 2)):
         for column in values.T:
             seen = np.bincount(column.astype(int) - low, minlength=count)
             assert len(seen) == count
@@ -121,15 +128,15 @@ def test_draws_are_uniform_over_their_ranges():
 
 
 def test_alternating_flips_show_every_image_both_ways():
-    plans = [training_plan(3, epoch, 1000, "crop-altflip-cutout") for epoch in range(4)]
+    plans = [training_plan(3, epoch, 1000, "reflectcrop-altflip-cutout") for epoch in range(4)]
     flips = np.array([plan.flip[np.argsort(plan.order)] for plan in plans])  # by image
     assert set(np.unique(flips)) == {0, 1}
     assert ((flips[1:] + flips[:-1]) == 1).all()
     assert 400 < flips[0].sum() < 600
     for epoch, plan in enumerate(plans):  # all else is drawn as with flip
         other = training_plan(3, epoch, 1000, "crop-flip-cutout")
-        for name in ("order", "crop", "cutout"):
-            np.testing.assert_array_equal(getattr(plan, name), getattr(other, name))
+        for name, same in (("order", "order"), ("reflectcrop", "crop"), ("cutout", "cutout")):
+            np.testing.assert_array_equal(getattr(plan, name), getattr(other, same))
 
 
 def test_evaluation_shows_the_images_as_they_are():
@@ -158,7 +165,29 @@ def test_shards_make_up_the_plan_batch_by_batch(images, processes, per_process, 
         sizes = [len(shard.order[part]) for shard, part in zip(shards, parts, strict=True)]
         assert max(sizes) - min(sizes) <= 1
         assert sizes == sorted(sizes, reverse=True)
-        for name, column in vars(plan).items():
+        for name, column in ((name, value) for name, value in vars(plan).items() if value is not None):
             joined = [getattr(shard, name)[part] for shard, part in zip(shards, parts, strict=True)]
             np.testing.assert_array_equal(np.concatenate(joined), column[batch])
     assert sum(map(len, shards)) == shown
+
+
+def test_sizes_of_a_run():
+    assert image_sizes("none") == [(32, 1.0)]
+    assert image_sizes("16:.3, 24:0.65") == [(16, 0.3), (24, 0.65), (32, 1.0)]
+    for schedule, total in (("none", 5), ("24:0.65", 100), ("16:0.3,24:0.65", 37), ("24:0.1", 2), ("8:0.9", 1)):
+        counts = steps_of_sizes(schedule, total)
+        assert sum(counts.values()) == total
+        assert counts[32] >= (1 - max([0, *(until for _, until in image_sizes(schedule)[:-1])])) * total - 0.5
+        sizes = size_of_steps(schedule, np.arange(total), total)
+        assert sizes.dtype == np.int32
+        assert sizes.tolist() == [size for size, count in counts.items() for _ in range(count)]
+    assert steps_of_sizes("24:0.65", 100) == {24: 65, 32: 35}
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    ["", "24", "24:1", "24:0", "24:65", "33:0.5", "32:0.5", "7:0.5", "24:0.5,16:0.6", "16:0.6,24:0.5", "x\n"],
+)
+def test_sizes_that_are_no_schedule(schedule):
+    with pytest.raises(UserError, match=r"^--image-size-schedule .*: must be none, or increasing sizes from 8 to 31"):
+        image_sizes(schedule)

@@ -107,7 +107,7 @@ def test_a_batch_outlives_its_loader(monkeypatch):
 
 def test_a_step_is_captured_and_evaluation_is_not_compiled(monkeypatch, tiny_vgg11):
     phases = []
-    monkeypatch.setattr(Trainer, "_warm_up", lambda self, size, training: phases.append((size, training)))
+    monkeypatch.setattr(Trainer, "_warm_up", lambda self, batch, size, training: phases.append((batch, training)))
     dataset = synthetic(8)
     config = TrainConfig(
         model="vgg11", batch_size=4, device="cpu", amp="off", loader="eager", compile=False, cuda_graphs=True,

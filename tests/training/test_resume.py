@@ -24,6 +24,12 @@ RESUMED_SETTINGS = [
     {"amp": "off", "loader": "dali", "augmentation": "crop-flip"},
     {"amp": "bf16", "loader": "eager", "augmentation": "crop-flip-cutout"},
     {"amp": "off", "optimizer": "adamw", "schedule": "linear"},
+    {
+        "amp": "off",
+        "model": "resnet18",
+        "image_size_schedule": "12:0.3,24:0.5",
+        "augmentation": "reflectcrop-altflip-cutout",
+    },
     pytest.param({"device": "cuda", "amp": "fp16"}, marks=pytest.mark.gpu),
     pytest.param({"device": "cuda", "cuda_graphs": False}, marks=pytest.mark.gpu),
 ]
@@ -31,6 +37,7 @@ RESUMED_SETTINGS = [
 
 @pytest.mark.parametrize("settings", RESUMED_SETTINGS)
 def test_a_run_stopped_by_signals_ends_bit_identically(settings, arrays, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "resnet18", tiny_model)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     start(arrays, tmp_path / "whole", **settings).fit()
 

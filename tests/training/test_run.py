@@ -75,6 +75,7 @@ def test_what_a_run_leaves(finished, arrays):
     (right_dark, _), (_, right_bright) = summary["confusion_matrix"]
     assert summary["per_class_accuracy"] == {"dark": 10 * right_dark, "bright": 10 * right_bright}
     assert summary["train_flop"] == 3 * 60 * flop_an_image(run.config, 2)
+    assert summary["epochs_work"] == 3
     assert summary["train_flop_per_second"] == summary["train_flop"] / summary["train_seconds"]
     assert summary["machine_rates"] == []  # a short run
     assert summary["share_of_limit"] is summary["joules"] is summary["price"] is summary["target_epoch"] is None
@@ -112,6 +113,21 @@ def test_a_run_shows_the_plan_of_its_settings(settings, arrays, tmp_path):
     torch.manual_seed(config.seed)
     expected = create_model("vgg11", 2, init=config.init).state_dict()
     torch.testing.assert_close(run.trainer.model.state_dict(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loader", ["dali", "eager"])
+def test_smaller_images_first(loader, arrays, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "resnet18", tiny_model)
+    settings = {"model": "resnet18", "image_size_schedule": "12:.45, 24:0.7", "loader": loader}
+    run = start(arrays, tmp_path / "run", **settings)
+    shown = [images.size(3) for epoch in range(3) for images, _ in run.train_loader.epoch(epoch)]
+    assert shown == [12] * 4 + [24] * 2 + [32] * 3  # of 9 steps
+    summary = run.fit()
+    flop = sum(20 * flop_an_image(run.config, 2, size) for size in shown)
+    assert summary["train_flop"] == pytest.approx(flop)
+    assert summary["epochs_work"] == pytest.approx(flop / (60 * flop_an_image(run.config, 2)))
+    assert flop_an_image(run.config, 2, 12) < 0.2 * flop_an_image(run.config, 2)
+    assert run.config.image_size_schedule == "12:0.45,24:0.7"
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -365,7 +381,7 @@ def test_the_rates_of_the_machine_are_measured_before_and_after_a_long_run(array
     assert summary["machine_rates"] == [
         {"flops_per_second": 1e12, "bytes_per_second": 1e10}, {"flops_per_second": 3e12, "bytes_per_second": 3e10},
     ]  # fmt: skip
-    share = cost.share_of_limit(run.config, 2, summary["images_per_second"], [Machine(2e12, 2e10)])
+    share = cost.share_of_limit(run.config, 2, {32: 9}, summary["train_seconds"], [Machine(2e12, 2e10)])
     assert summary["share_of_limit"] == share
     assert 0 < share < 1
     assert summary["price"] == pytest.approx(summary["wall_seconds"])

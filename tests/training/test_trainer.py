@@ -300,6 +300,23 @@ def test_a_graph_is_for_whole_batches_and_keeps_the_schedule(monkeypatch):
     torch.testing.assert_close(capturing.model.state_dict(), plain.model.state_dict(), rtol=1e-6, atol=1e-7)
 
 
+def test_there_is_a_graph_for_each_size(monkeypatch):
+    captured = []
+
+    def capture(step, images, labels):
+        captured.append(images.size(3))
+        return lambda *batch: captured.append(-batch[0].size(3)) or step(*batch)
+
+    monkeypatch.setattr(trainer_module, "captured", capture)
+    small = [(torch.randn(8, 3, size, size), torch.arange(8) % 4) for size in (16, 16, 24, 32)]
+    batches = random_batches([8] * 4)
+    batches.batches = small
+    trainer = make_trainer(batches, batch_size=8, cuda_graphs=True, image_size_schedule="16:0.5,24:0.7")
+    trainer.warm_up()
+    train_epoch(trainer, batches)
+    assert captured == [16, 24, 32, -16, -16, -24, -32]
+
+
 def test_running_out_of_memory_names_the_batch_size_also_from_within_a_capture():
     def step(capturing):
         try:
@@ -375,7 +392,8 @@ def test_a_graph_draws_new_dropout_at_every_step():
     )
     trainer.warm_up()
     trainer.model.train()
-    first, second = (trainer.replay(images.cuda(), labels.cuda())[1].clone() for _ in range(2))
+    (replay,) = trainer.replays.values()
+    first, second = (replay(images.cuda(), labels.cuda())[1].clone() for _ in range(2))
     assert not torch.equal(first == 0, second == 0)
 
 
