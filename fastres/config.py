@@ -216,6 +216,12 @@ class TrainConfig:
         "last",
         WEIGHTS,
     )
+    tta: bool = flag(
+        "Output",
+        "also test with the mean of an image's and its mirror image's probabilities (test-time augmentation): "
+        "mirrored_accuracy in summary.json",
+        False,
+    )
     price_per_hour: float = flag(
         "Output", "of the machine, in any currency, for the price of the run; 0: not shown", 0.0, interval="[0, inf)"
     )

@@ -129,6 +129,8 @@ def evaluate(folder: Path, flags: dict[str, Any], weights: str | None, console: 
     console.print(f"weights of the {weights} epoch")
     console.print(f"test loss     {evaluation.loss:.6f}   recorded {loss:.6f}")
     console.print(f"test accuracy {evaluation.accuracy:.2f} %   recorded {accuracy:.2f} %")
+    if run.config.tta:
+        console.print(f"with mirrored images {run.evaluate_weights(weights, mirrored=True).accuracy:.2f} %")
 
 
 def recorded(folder: Path, weights: str | None) -> tuple[str, float, float]:

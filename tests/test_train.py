@@ -59,8 +59,11 @@ def test_trains_reports_and_evaluates_again(loader, command_line, flags, tmp_pat
     assert accuracy.group(1) == accuracy.group(2) == f"{summary['last_accuracy']:.2f}"
     assert command_line("--eval", run, "--weights", "best") == 0
     assert "weights of the best epoch" in command_line.out
+    assert "mirrored" not in command_line.out
     loss = re.search(r"test loss +(\S+) +recorded (\S+)", command_line.out)
     assert loss.group(1) == loss.group(2) == f"{summary['best_test_loss']:.6f}"
+    assert command_line("--eval", run, "--tta") == 0
+    assert re.search(r"with mirrored images \S+ %", command_line.out)
     assert "--weights best: needs --eval" in command_line.one_line(*flags, "--weights", "best")
 
 

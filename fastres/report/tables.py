@@ -28,6 +28,12 @@ def summary_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield "accuracy, best on test", f"{on_test:.2f} %", note
     if summary["top5_accuracy"] is not None:
         yield "top-5 accuracy", f"{summary['top5_accuracy']:.2f} %", f"of the {summary['select']} epoch"
+    if summary["mirrored_accuracy"] is not None:
+        yield (
+            "accuracy with mirrored images",
+            f"{summary['mirrored_accuracy']:.2f} %",
+            f"of the {summary['select']} epoch",
+        )
     yield "test loss", f"{summary['test_loss']:.4f}", f"of the {summary['select']} epoch"
     if target := summary["target_accuracy"]:
         reached = summary["target_epoch"]
@@ -44,6 +50,8 @@ def summary_rows(summary: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     limit = f", {100 * share:.0f} % of the limit" if share else ""
     rate = f"{summary['train_flop_per_second'] / 1e12:.3g} TFLOP/s{limit}"
     yield "arithmetic", f"{summary['train_flop'] / 1e12:,.3g} TFLOP", rate
+    if summary["image_size_schedule"] != "none":
+        yield "epochs' work", f"{summary['epochs_work']:.2f}", f"image sizes {summary['image_size_schedule']}"
     if summary["joules"] is None:
         yield "energy", "", "not available here"
     else:

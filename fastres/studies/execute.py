@@ -26,7 +26,7 @@ from fastres.training.start import RESUMABLE, read_saved
 
 COMMAND = (sys.executable, "-m", "fastres.train")
 # settings that change nothing in the results
-PLACES = {"output_dir", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps", "price_per_hour"}
+PLACES = {"output_dir", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps", "price_per_hour", "tta"}
 
 
 class Place(NamedTuple):

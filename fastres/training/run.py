@@ -282,13 +282,13 @@ class Run:
             save_checkpoint(self.folder / "last.pt", self.trainer, self.record, self.history, self.clock.read(), epoch)
         self.last_save_time = time.monotonic()
 
-    def evaluate_weights(self, name: str) -> Evaluation:
+    def evaluate_weights(self, name: str, mirrored: bool = False) -> Evaluation:
         """Evaluates the weights of the ``best`` or the ``last`` epoch, reloaded from their file, on the test split."""
         model = self.trainer.model
         with self.clock.phase("evaluation"):
             distributed.on_rank_0(load_weights, model, self.folder / f"{name}.safetensors")
             distributed.copy_from_rank_0(model.state_dict().values())
-            return self.trainer.evaluate(self.test_loader, self.config.epochs)
+            return self.trainer.evaluate(self.test_loader, self.config.epochs, mirrored)
 
     def _loader(
         self,

@@ -21,9 +21,9 @@ from fastres.training.run import Run
 RESUMABLE = {
     "data_dir", "device", "loader", "decode", "workers", "fused", "compile", "compile_mode", "cuda_graphs", "epochs",
     "eval_batch_size", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps", "target_accuracy", "select",
-    "price_per_hour",
+    "price_per_hour", "tta",
 }  # fmt: skip
-EVALUABLE = {"data_dir", "device", "workers", "eval_batch_size", *ENGINE}
+EVALUABLE = {"data_dir", "device", "workers", "eval_batch_size", "tta", *ENGINE}
 # what a resumed run chooses anew if it was ``auto``, because it may go on with another machine
 MACHINE = ("device", "loader", "fused", "compile", "cuda_graphs")
 

@@ -28,6 +28,7 @@ def summarize(run: "Run") -> dict[str, Any]:
     limit = share_of_limit(config, len(classes), run.steps_of_sizes(len(history)), seconds[-1], run.rates)
     peak_memory = peak_memory_mb(trainer.device)
     evaluation = run.evaluate_weights(config.select)
+    mirrored = run.evaluate_weights(config.select, mirrored=True) if config.tta else None
     phases = run.clock.read()
     return {
         "model": config.model,
@@ -42,6 +43,7 @@ def summarize(run: "Run") -> dict[str, Any]:
         "epochs": len(history),
         "select": config.select,
         "accuracy": evaluation.accuracy,
+        "mirrored_accuracy": mirrored and mirrored.accuracy,
         "test_loss": evaluation.loss,
         "top5_accuracy": evaluation.top5_accuracy,
         "per_class_accuracy": dict(zip(classes, evaluation.per_class_accuracy, strict=True)),
@@ -54,7 +56,7 @@ def summarize(run: "Run") -> dict[str, Any]:
         "best_test_loss": best["test_loss"],
         "best_on_test_accuracy": max(row["test_accuracy"] for row in history),
         "selection_gain": best["test_accuracy"] - last["test_accuracy"],
-        "test_evaluations": len(history) + 1,
+        "test_evaluations": len(history) + 1 + config.tta,
         "target_accuracy": config.target_accuracy,
         "target_epoch": reached and reached["epoch"],
         "target_seconds": reached and seconds[reached["epoch"] - 1],
@@ -68,6 +70,7 @@ def summarize(run: "Run") -> dict[str, Any]:
         "price": sum(phases.values()) / 3600 * config.price_per_hour or None,
         "train_flop": flop,
         "epochs_work": flop / epoch_flop,
+        "image_size_schedule": config.image_size_schedule,
         "train_flop_per_second": flop / seconds[-1],
         "machine_rates": [asdict(rates) for rates in run.rates],
         "share_of_limit": limit,

@@ -1,5 +1,6 @@
 """The training loop: one step, one epoch, one evaluation."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -211,8 +212,11 @@ class Trainer:
         return images * len(sizes) / sum(sizes)
 
     @torch.no_grad()
-    def evaluate(self, loader: Loader, epoch: int) -> Evaluation:
-        """Loss and confusion matrix over the loader's epoch ``epoch`` in all processes, with rank 0's statistics."""
+    def evaluate(self, loader: Loader, epoch: int, mirrored: bool = False) -> Evaluation:
+        """Loss and confusion matrix over the loader's epoch ``epoch`` in all processes, with rank 0's statistics.
+
+        mirrored: by the mean of the probabilities of each image and its mirror image.
+        """
         self.model.eval()
         distributed.copy_from_rank_0(self.model.buffers())
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -222,6 +226,9 @@ class Trainer:
             with explain_out_of_memory("--eval-batch-size", self.config.eval_batch_size), self._autocast():
                 images, labels = self._to_device(images, labels)
                 logits = self.predict(images).float()
+                if mirrored:
+                    both = torch.stack([logits, self.predict(images.flip(3)).float()])
+                    logits = both.log_softmax(2).logsumexp(0) - math.log(2)
             loss_sum += F.cross_entropy(logits, labels, reduction="sum")
             cell = labels * self.num_classes + logits.argmax(1)
             counts.view(-1).index_add_(0, cell, torch.ones_like(cell))

@@ -18,6 +18,7 @@ SUMMARY = {
     "last_accuracy": 80.345, "epochs": 5, "test_loss": 0.25, "epoch_seconds": 12.345, "warm_up_seconds": 4.56,
     "compile": True, "cuda_graphs": False, "images_per_second": 1234.5, "data_wait_fraction": 0.0312,
     "wall_seconds": 100.0, "phase_seconds": {"start_up": 4.0, "training": 96.0}, "share_of_limit": 0.625,
+    "mirrored_accuracy": None, "image_size_schedule": "none", "epochs_work": 5.0,
     "train_flop": 7.89e13, "train_flop_per_second": 8.2e11, "joules": None, "price": None,
     "peak_memory_mb": 2345.6, "device": "Some CPU", "params_millions": 14.7,
 }  # fmt: skip
@@ -48,15 +49,19 @@ def test_the_summary_on_the_terminal():
         "parameters 14.70 M",
     ):
         assert line in lines
-    assert not [line for line in lines if line.startswith(("price", "top-5", "reached"))]
+    assert not [line for line in lines if line.startswith(("price", "top-5", "reached", "epochs' work"))]
+    assert not [line for line in lines if "mirrored" in line]
 
 
 def test_what_the_summary_shows_where_there_is_more():
     lines = printed(
         best_selected_on="validation", best_on_test_accuracy=91.5, top5_accuracy=99.1, target_accuracy=90.0,
-        target_epoch=3, target_seconds=37.04, joules=12345.6, price=0.125,
+        target_epoch=3, mirrored_accuracy=81.5, image_size_schedule="24:0.65", epochs_work=3.58,
+        target_seconds=37.04, joules=12345.6, price=0.125,
     )  # fmt: skip
     for line in (
+        "accuracy with mirrored images 81.50 % of the last epoch",
+        "epochs' work 3.58 image sizes 24:0.65",
         "accuracy, best on validation 90.12 % of epoch 3, +9.78 points",
         "accuracy, best on test 91.50 % chosen by the test set",
         "top-5 accuracy 99.10 % of the last epoch",

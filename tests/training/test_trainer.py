@@ -116,6 +116,18 @@ def test_adamw_is_torchs():
         torch.testing.assert_close(ours, reference)
 
 
+def test_mirrored_images_are_asked_too():
+    batches = random_batches([8, 5])
+    trainer = make_trainer(batches)
+    found = trainer.evaluate(batches, 0, mirrored=True)
+    images, labels = (torch.cat(parts) for parts in zip(*batches.batches, strict=True))
+    model = trainer.model.eval()
+    mean = (model(images).softmax(1) + model(images.flip(3)).softmax(1)) / 2
+    assert found.loss == pytest.approx(F.nll_loss(mean.log(), labels).item(), rel=1e-5)
+    assert found.accuracy == pytest.approx(100 * (mean.argmax(1) == labels).double().mean().item())
+    assert found.loss != trainer.evaluate(batches, 0).loss
+
+
 class SlowBatches(Batches):
     """Each batch takes 20 ms."""
 
