@@ -50,8 +50,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.
 
     def command() -> None:
         flags = parser.parse_flags(arguments)
-        study, resume, dry_run = load_study(flags.pop("name")), flags.pop("resume"), flags.pop("dry_run")
+        name, resume, dry_run = (flags.pop(key) for key in ("name", "resume", "dry_run"))
         config = StudyConfig(**{key: flags.pop(key) for key in vars(StudyConfig()) if key in flags})
+        study = load_study(name, config.ablate)
         folder = config.output_dir or Path("runs") / f"study-{study.name}"
         planner, console = Planner(study, config, flags, folder), open_console()
         if dry_run:
@@ -171,6 +172,7 @@ def describe(planner: Planner, planned: list[PlannedRun], seeds: Sequence[int], 
         "repeated": study.repeated,
         "figures": [vars(figure) for figure in study.figures],
         "phases": [vars(phase) for phase in study.phases],
+        "ablations": [vars(ablation) for ablation in study.ablations],
         "conjectures": [
             {
                 "text": item.text,

@@ -110,6 +110,54 @@ def test_a_study_of_two_runs(command_line, flags, tmp_path):
     assert "was started with train-fraction 0.7, and would now have 1.0" in command_line.one_line(*flags, "--resume")
 
 
+TRICKS = """
+[tricks.reflect]
+label = "reflection"
+flags = { augmentation = "reflectcrop" }
+[tricks.linear]
+flags = { schedule = "linear", warmup-epochs = 0.5 }
+"""
+
+
+def test_tricks_are_added_and_left_out(study_file):
+    study_file.write_text(TINY.split("[runs.high]")[0] + TRICKS)
+    runs = {run.name: run for run in load_study(str(study_file), ablate=True).runs}
+    shared = {"model": "vgg11", "dataset": "folder", "epochs": 3, "batch_size": 20, "device": "cpu", "lr": 0.01}
+    linear, reflect = {"schedule": "linear", "warmup_epochs": 0.5}, {"augmentation": "reflectcrop-flip"}
+    assert {name: run.flags for name, run in runs.items()} == {
+        "low": shared,
+        "low-all": shared | linear | reflect,
+        "low-with-reflect": shared | reflect,
+        "low-with-linear": shared | linear,
+        "low-without-reflect": shared | linear,
+        "low-without-linear": shared | reflect,
+    }
+    assert runs["low-without-reflect"].label == "low with all but reflection"
+    assert runs["low"].published
+    assert not runs["low-all"].published
+    assert [run.name for run in load_study(str(study_file)).runs] == ["low", "low-all"]
+
+
+@pytest.mark.usefixtures("tiny_runs")
+def test_an_ablation(command_line, flags, study_file, tmp_path):
+    study_file.write_text(TINY.split("[runs.high]")[0] + TRICKS)
+    assert command_line(*flags, "--ablate", "--epochs", 1, "--no-eager-cost") == 0
+    report = (tmp_path / "out/report.md").read_text()
+    lines = [line.strip("| ").split(" | ") for line in report.splitlines() if re.match(r"\| low \| \*\*", line)]
+    summaries = {
+        name: json.loads((tmp_path / f"out/low{name}-seed0/summary.json").read_text())
+        for name in ("", "-all", "-with-linear", "-without-linear")
+    }
+    assert lines[1][:2] == ["low", "**linear**"]
+    for cells, more, less in ((lines[1][2:5], "-with-linear", ""), (lines[1][5:], "-all", "-without-linear")):
+        names = ("last_accuracy", "epochs_work", "train_seconds")
+        assert cells == [f"{summaries[more][name] - summaries[less][name]:+,.2f}" for name in names]
+
+
+def test_no_tricks_to_ablate(command_line, flags):
+    assert "tiny.toml: no tricks for --ablate; add a table" in command_line.one_line(*flags, "--ablate")
+
+
 # fastres.study in a process of its own, whose runs train the tiny model
 TINY_STUDY = [
     sys.executable,

@@ -132,6 +132,15 @@ def canonical_augmentation(augmentation: str) -> str:
     return "-".join(steps) or "none"
 
 
+def with_steps(augmentation: str, steps: str) -> str:
+    """``augmentation`` with ``steps``, which replace their alternatives in it."""
+    added = canonical_augmentation(steps).split("-")
+    replaced = {step for pair in ALTERNATIVES if pair & set(added) for step in pair} | {*added, "none"}
+    return canonical_augmentation(
+        "-".join([*(step for step in augmentation.split("-") if step not in replaced), *added])
+    )
+
+
 def training_plan(seed: int, epoch: int, num_images: int, augmentation: str) -> EpochPlan:
     """The shuffled and augmented epoch ``epoch`` (from 0); ``augmentation`` as in ``canonical_augmentation``."""
     steps = canonical_augmentation(augmentation).split("-")

@@ -80,6 +80,7 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         noise={metric: max(values) - min(values) for metric, values in study.get("repeated", {}).items()},
         accuracy_table=accuracy_table(results),
         phase_table=phase_table(study, results),
+        tricks_table=tricks_table(study, results),
         losses_table=losses_table(study, results),
         cost_table=cost_table(results),
         time_table=time_table(results, price_per_hour),
@@ -201,6 +202,22 @@ def phase_table(study: dict[str, Any], results: list[Results]) -> str:
                         "change, points": Estimate.of(accuracy.iloc[-1] - accuracy.iloc[0]).text(),
                     }
                 )
+    return table_of(rows) if rows else ""
+
+
+def tricks_table(study: dict[str, Any], results: list[Results]) -> str:
+    """What each trick changes at the last epoch, in work and in seconds: added alone, and left out of the whole."""
+    runs, rows = {result.name: result for result in results}, []
+    for item in study.get("ablations", []):
+        alone, without = (
+            (runs[item[one]], runs[item[other]]) for one, other in (("added", "baseline"), ("whole", "left_out"))
+        )
+        row = {"run": as_markdown(runs[item["baseline"]].label), "trick": f"**{as_markdown(item['label'])}**"}
+        for words, (more, less) in (("added alone", alone), ("in the whole", without)):
+            row[f"{words}: points"] = more.minus(less, "last_accuracy").text()
+            for metric, title in (("epochs_work", "epochs' work"), ("train_seconds", "seconds")):
+                row[f"{words}: {title}"] = more.minus(less, metric).text()
+        rows.append(row)
     return table_of(rows) if rows else ""
 
 

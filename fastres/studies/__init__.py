@@ -9,6 +9,7 @@ A file holds::
     [flags]                           # optional: flags of fastres.train that all of this file's own runs share
     [runs.NAME]                       # label, flags, published (its keys: METRICS), all optional
     [variants.NAME]                   # optional: label and flags; each run is done once in every variant
+    [tricks.NAME]                     # optional: label and flags; each run is done without them and with them all
     [repeated]                        # optional: METRIC = [...], published figures of runs with the same settings
     [[figures]]                       # optional: title and runs; otherwise one figure shows all runs
     [[phases]]                        # optional: label and epochs = [FIRST, LAST], see Phase
@@ -22,7 +23,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastres.config import INT32_MAX, TrainConfig
+from fastres.config import INT32_MAX, TrainConfig, over_recipe
+from fastres.data.plan import with_steps
 from fastres.errors import UserError, named
 from fastres.fields import check_names, read_fields, read_table
 from fastres.fields import path as path_of
@@ -102,6 +104,17 @@ class Conjecture:
 
 
 @dataclass(frozen=True)
+class Ablation:
+    """Runs that tell what a trick is worth: ``added`` to the run ``baseline`` alone, ``left_out`` of the ``whole``."""
+
+    label: str
+    baseline: str
+    added: str
+    whole: str
+    left_out: str
+
+
+@dataclass(frozen=True)
 class Study:
     name: str
     title: str
@@ -112,11 +125,12 @@ class Study:
     notes: tuple[str, ...] = ()
     repeated: dict[str, tuple[float, ...]] = field(default_factory=dict)
     phases: tuple[Phase, ...] = ()
+    ablations: tuple[Ablation, ...] = ()
 
 
 @dataclass(frozen=True)
 class RunTable:
-    """[runs.NAME] or [variants.NAME] of a file."""
+    """[runs.NAME], [variants.NAME] or [tricks.NAME] of a file."""
 
     label: str = ""
     flags: dict[str, Any] = field(default_factory=dict)
@@ -134,6 +148,7 @@ class StudyFile:
     flags: dict[str, Any] = field(default_factory=dict)
     runs: dict[str, RunTable] = field(default_factory=dict)
     variants: dict[str, RunTable] = field(default_factory=dict)
+    tricks: dict[str, RunTable] = field(default_factory=dict)
     repeated: dict[str, tuple[float, ...]] = field(default_factory=dict)
     figures: tuple[Figure, ...] = ()
     phases: tuple[Phase, ...] = ()
@@ -145,8 +160,11 @@ def list_studies() -> list[str]:
     return sorted(path.stem for path in BUILT_IN.glob("*.toml"))
 
 
-def load_study(name: str) -> Study:
-    """The built-in study called ``name``, or that of the TOML file at that path."""
+def load_study(name: str, ablate: bool = False) -> Study:
+    """The built-in study called ``name``, or that of the TOML file at that path.
+
+    ``ablate``: with a run for each of its tricks alone, and for all of them but each.
+    """
     path = path_of(name) if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
     if not path.is_file():
         raise UserError(f"{name}: no such study; choose from {', '.join(list_studies())}, or give a .toml file")
@@ -155,10 +173,10 @@ def load_study(name: str) -> Study:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as TOML ({error})") from error
     with named(path):
-        return build(path.stem, read_table(StudyFile, content))
+        return build(path.stem, read_table(StudyFile, content), ablate)
 
 
-def build(name: str, file: StudyFile) -> Study:
+def build(name: str, file: StudyFile, ablate: bool = False) -> Study:
     """The study called ``name`` from the content of its file."""
     shared = read_flags("flags", file.flags)
     own = definitions("runs", file.runs)
@@ -167,6 +185,17 @@ def build(name: str, file: StudyFile) -> Study:
         raise UserError("no runs; add a table [runs.NAME] with flags = { ... }")
     if file.variants:
         runs = [varied(run, variant) for run in runs for variant in definitions("variants", file.variants)]
+    ablations: list[Ablation] = []
+    if ablate and not file.tricks:
+        raise UserError("no tricks for --ablate; add a table [tricks.NAME] with flags = { ... }")
+    if file.tricks:
+        tricks = definitions("tricks", file.tricks)
+        if ablate:
+            ablations = [
+                Ablation(trick.label, run.name, f"{run.name}-with-{trick.name}", f"{run.name}-all",
+                         f"{run.name}-without-{trick.name}") for run in runs for trick in tricks
+            ]  # fmt: skip
+        runs = [tried for run in runs for tried in with_tricks(run, tricks, ablate)]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise UserError(f"two runs are called {max(names, key=names.count)}; rename one")
@@ -188,6 +217,7 @@ def build(name: str, file: StudyFile) -> Study:
         file.notes,
         file.repeated,
         file.phases,
+        tuple(ablations),
     )
 
 
@@ -236,6 +266,26 @@ def varied(run: RunDefinition, variant: RunDefinition) -> RunDefinition:
         flags=run.flags | variant.flags,
         published=run.published if not variant.flags else variant.published,
     )
+
+
+def with_tricks(run: RunDefinition, tricks: list[RunDefinition], ablate: bool) -> list[RunDefinition]:
+    """``run`` without and with all ``tricks``; if ``ablate``, also with each alone, and with all but each."""
+    chosen = [("", "", []), ("-all", " with all", tricks)]
+    if ablate:
+        chosen += [(f"-with-{trick.name}", f" with {trick.label}", [trick]) for trick in tricks]
+        chosen += [
+            (f"-without-{trick.name}", f" with all but {trick.label}", [other for other in tricks if other != trick])
+            for trick in tricks
+        ]
+    found = []
+    for suffix, words, parts in chosen:
+        flags = dict(run.flags)
+        for trick in parts:
+            steps = trick.flags.get("augmentation")
+            augmentation = over_recipe(flags).get("augmentation", TrainConfig.augmentation)
+            flags |= trick.flags | ({"augmentation": with_steps(augmentation, steps)} if steps else {})
+        found.append(RunDefinition(run.name + suffix, run.label + words, flags, run.published if not parts else {}))
+    return found
 
 
 def check_runs(where: str, names: Iterable[str], known: Collection[str]) -> None:

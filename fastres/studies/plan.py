@@ -37,6 +37,9 @@ class StudyConfig:
     data_scale: float = flag(
         "Study", "fraction of the training images; the test set stays whole", 1.0, interval="(0, 1]"
     )
+    ablate: bool = flag(
+        "Study", "train also with each trick of the study alone, and with all but each, and say what it is worth", False
+    )
     eager_cost: bool = flag(
         "Study", f"also train {EAGER_EPOCHS} epochs of each model in eager PyTorch, to compare", True
     )

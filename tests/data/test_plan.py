@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomErasing
 
-from fastres.data.plan import canonical_augmentation, evaluation_plan, training_plan
+from fastres.data.plan import canonical_augmentation, evaluation_plan, training_plan, with_steps
 from fastres.data.sizes import image_sizes, size_of_steps, steps_of_sizes
 from fastres.errors import UserError
 
@@ -169,6 +169,20 @@ def test_shards_make_up_the_plan_batch_by_batch(images, processes, per_process, 
             joined = [getattr(shard, name)[part] for shard, part in zip(shards, parts, strict=True)]
             np.testing.assert_array_equal(np.concatenate(joined), column[batch])
     assert sum(map(len, shards)) == shown
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "steps", "both"),
+    [
+        ("crop-flip", "altflip", "crop-altflip"),
+        ("crop-flip", "cutout", "crop-flip-cutout"),
+        ("none", "reflectcrop", "reflectcrop"),
+        ("crop-flip", "altflip-reflectcrop", "reflectcrop-altflip"),
+        ("crop-flip", "crop", "crop-flip"),
+    ],
+)
+def test_steps_replace_their_alternatives(augmentation, steps, both):
+    assert with_steps(augmentation, steps) == both
 
 
 def test_sizes_of_a_run():
