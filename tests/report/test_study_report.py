@@ -33,7 +33,7 @@ SECONDS = {"vgg": 2.0, "resnet": 9.0, "eager-vgg": 5.0, "eager-resnet": 30.0}  #
 IMAGES = 1000
 
 
-def write_run(folder, model, accuracies, seconds, seed=0):
+def write_run(folder, model, accuracies, seconds, seed=0, **more):
     """The part of a run's folder that a report reads."""
     folder.mkdir(parents=True)
     epochs = range(1, len(accuracies) + 1)
@@ -79,7 +79,7 @@ def write_run(folder, model, accuracies, seconds, seed=0):
         "versions": {"torch": "2.11"},
         "commit": "abc",
     }
-    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "summary.json").write_text(json.dumps(summary | more))
 
 
 @pytest.fixture
