@@ -46,6 +46,23 @@ def default_recipe(model: str) -> dict[str, Any]:
     return {"lr": 0.01} if model.startswith("vgg") else {}
 
 
+def fast(model: str) -> dict[str, Any]:
+    """Found on CIFAR-10's images; docs/measurements.md says how."""
+    recipe = {
+        "optimizer": "muon",
+        "lr": 0.03,
+        "sgd_lr": 0.01,
+        "weight_decay": 0.01,
+        "label_smoothing": 0.1,
+        "schedule": "onecycle",
+        "augmentation": "reflectcrop-altflip",
+        "epochs": 10,
+    }
+    if model.startswith("vgg"):
+        return recipe | {"batch_size": 256}
+    return recipe | {"image_size_schedule": "16:0.5,24:0.85"}
+
+
 def study_a(model: str) -> dict[str, Any]:
     return PUBLISHED | {
         "dataset": "mini-cifar10",
@@ -72,6 +89,7 @@ def study_b(model: str) -> dict[str, Any]:
 
 RECIPES: dict[str, Callable[[str], dict[str, Any]]] = {
     "default": default_recipe,
+    "fast": fast,
     "study-a": study_a,
     "study-b": study_b,
 }
@@ -83,8 +101,9 @@ class TrainConfig:
 
     recipe: str = flag(
         "Recipe",
-        "where the other defaults come from: study-a (VGG-16 and ResNet-50 on mini-CIFAR-10) and study-b (ResNet-18 "
-        "and VGG-19-BN on CIFAR-10) are the published studies' settings; flags override them",
+        "where the other defaults come from; fast: more accuracy in fewer epochs, by Muon and other tricks; study-a "
+        "(VGG-16 and ResNet-50 on mini-CIFAR-10) and study-b (ResNet-18 and VGG-19-BN on CIFAR-10): the published "
+        "studies' settings; flags override them",
         "default",
         tuple(RECIPES),
     )

@@ -155,6 +155,12 @@ def test_an_ablation(command_line, flags, study_file, tmp_path, monkeypatch):
     ]
 
 
+def test_all_tricks_are_the_fast_recipe():
+    _, whole = load_study("tricks").runs
+    settings = over_recipe({"recipe": "fast", "model": "vgg16"}) | {"dataset": "mini-cifar10", "epochs": 3}
+    assert vars(TrainConfig(**over_recipe(whole.flags))) == vars(TrainConfig(**settings | {"recipe": "default"}))
+
+
 def test_no_tricks_to_ablate(command_line, flags):
     assert "tiny.toml: no tricks for --ablate; add a table" in command_line.one_line(*flags, "--ablate")
 
@@ -418,7 +424,15 @@ def test_dry_run_writes_nothing(command_line, flags, tmp_path):
 
 
 def test_built_in_studies():
-    assert list_studies() == ["architecture", "augmentation", "equivalence", "residual", "schedule", "zero-gamma"]
+    assert list_studies() == [
+        "architecture",
+        "augmentation",
+        "equivalence",
+        "residual",
+        "schedule",
+        "tricks",
+        "zero-gamma",
+    ]
     conjectures = load_study("schedule").conjectures
     assert len(conjectures) == 4
     runs = {run.name: run for run in load_study("schedule").runs}
@@ -476,7 +490,7 @@ def test_built_in_studies_are_runs_that_train(name, arrays, tmp_path):
     planner = Planner(load_study(name), StudyConfig(scale=0.1), flags, tmp_path, load)
     for definition in planner.study.runs:
         planned = planner.run(definition, 0)
-        assert planned.config.epochs == {"residual": 10, "equivalence": 1}.get(name, 2)
+        assert planned.config.epochs == {"residual": 10, "equivalence": 1, "tricks": 1}.get(name, 2)
         assert planned.config.milestones == ((5, 8) if name == "residual" else ())
         assert planned.config.zero_gamma == ("gamma0" in definition.name)
 
