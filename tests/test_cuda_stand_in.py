@@ -124,13 +124,18 @@ def test_a_run_and_its_continuation(log, arrays, tmp_path, tiny_vgg11, command_l
     assert command_line("--resume", folder, "--epochs", 3) == 0
 
 
-def test_smaller_images_first(log, tmp_path, monkeypatch, command_line):
+def test_the_fast_recipe(log, tmp_path, monkeypatch, command_line):
     monkeypatch.setitem(MODELS, "resnet18", tiny_model)
-    flags = ("--model", "resnet18", "--dataset", "digits", "--device", "cuda", "--amp", "bf16", "--epochs", 1)
-    sizes = ("--image-size-schedule", "12:0.5,24:0.75")
-    assert command_line(*flags, *sizes, "--output-dir", tmp_path / "run") == 0
-    assert log.count("capture") == 3
+    flags = ("--recipe", "fast", "--model", "resnet18", "--dataset", "digits", "--device", "cuda", "--amp", "bf16")
+    graphs = tmp_path / "graphs"
+    assert command_line(*flags, "--epochs", 1, "--output-dir", graphs) == 0
+    assert log.count("capture") == 3  # one for each size
     assert log.count("replay") == 1437 // 32
+    assert command_line(*flags, "--epochs", 1, "--no-cuda-graphs", "--output-dir", tmp_path / "plain") == 0
+    losses = [
+        json.loads((folder / "summary.json").read_text())["first_losses"] for folder in (graphs, tmp_path / "plain")
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_a_profile(log, tmp_path, tiny_vgg11, monkeypatch):

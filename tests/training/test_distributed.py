@@ -165,7 +165,7 @@ SETTINGS = {
 
 
 def make_run(dataset, **settings):
-    MODELS["vgg11"] = Residual
+    MODELS["vgg11"] = MODELS["resnet18"] = Residual
     config, _ = resolve(TrainConfig(**{**SETTINGS, **settings}), dataset)
     return Run(config, dataset)
 
@@ -193,7 +193,8 @@ def train_jointly(dataset, settings, path):
 
 @pytest.fixture
 def restored_models(monkeypatch):
-    monkeypatch.setitem(MODELS, "vgg11", MODELS["vgg11"])
+    for name in ("vgg11", "resnet18"):
+        monkeypatch.setitem(MODELS, name, MODELS[name])
 
 
 @pytest.mark.usefixtures("restored_models")
@@ -209,6 +210,19 @@ def test_losses_of_one_and_of_two_processes(arrays, tmp_path):
     assert alone[0][-6:].mean() < 0.8 * alone[0][:6].mean()
     torch.testing.assert_close(two[True], alone, rtol=0, atol=1e-4)
     assert (two[False][0] - alone[0]).abs().max() > 1e-3  # statistics of half a batch are other statistics
+
+
+@pytest.mark.usefixtures("restored_models")
+def test_the_tricks_of_the_fast_recipe_in_one_and_in_two_processes(arrays, tmp_path):
+    settings = {
+        "model": "resnet18", "optimizer": "muon", "lr": 0.02, "sgd_lr": 0.05, "image_size_schedule": "16:0.3,24:0.5",
+        "augmentation": "reflectcrop-altflip-cutout", "drop_last": True, "sync_bn": True,
+    }  # fmt: skip
+    alone = losses_of_training(arrays, **settings)
+    jointly(train_jointly, tmp_path, arrays, settings, tmp_path / "two.pt")
+    assert len(alone[0]) == 30
+    assert alone[0][-6:].mean() < 0.8 * alone[0][:6].mean()
+    torch.testing.assert_close(torch.load(tmp_path / "two.pt"), alone, rtol=0, atol=1e-2)  # Muon's steps are bfloat16
 
 
 def evaluate_jointly(dataset, alone):

@@ -24,6 +24,7 @@ RESUMED_SETTINGS = [
     {"amp": "off", "loader": "dali", "augmentation": "crop-flip"},
     {"amp": "bf16", "loader": "eager", "augmentation": "crop-flip-cutout"},
     {"amp": "off", "optimizer": "adamw", "schedule": "linear"},
+    {"amp": "bf16", "optimizer": "muon", "schedule": "onecycle"},
     {
         "amp": "off",
         "model": "resnet18",
