@@ -428,6 +428,7 @@ def test_built_in_studies():
         "architecture",
         "augmentation",
         "equivalence",
+        "fast",
         "residual",
         "schedule",
         "tricks",
@@ -490,7 +491,7 @@ def test_built_in_studies_are_runs_that_train(name, arrays, tmp_path):
     planner = Planner(load_study(name), StudyConfig(scale=0.1), flags, tmp_path, load)
     for definition in planner.study.runs:
         planned = planner.run(definition, 0)
-        assert planned.config.epochs == {"residual": 10, "equivalence": 1, "tricks": 1}.get(name, 2)
+        assert planned.config.epochs == max(round(0.1 * over_recipe(definition.flags)["epochs"]), 1)
         assert planned.config.milestones == ((5, 8) if name == "residual" else ())
         assert planned.config.zero_gamma == ("gamma0" in definition.name)
 
