@@ -59,7 +59,7 @@ def fast(model: str) -> dict[str, Any]:
         "epochs": 10,
     }
     if model.startswith("vgg"):
-        return recipe | {"batch_size": 256}
+        return recipe | {"batch_size": 256, "init": "dirac"}
     return recipe | {"image_size_schedule": "16:0.5,24:0.85"}
 
 
@@ -111,7 +111,12 @@ class TrainConfig:
 
     model: str = flag("Model", "architecture", "resnet50", tuple(MODELS))
     zero_gamma: bool = flag("Model", "start the last norm of each residual block at 0", False)
-    init: str = flag("Model", "initial weights; study-b: as that study's code draws them", "default", INITS)
+    init: str = flag(
+        "Model",
+        "initial weights; dirac: 3x3 convolutions begin as the identity; study-b: as that study's code draws them",
+        "default",
+        INITS,
+    )
     fused: bool | None = flag(
         "Model",
         "fused BatchNorm-(add-)ReLU operator instead of torch's modules; auto: where its kernels can run",

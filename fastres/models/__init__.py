@@ -23,7 +23,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg19_bn_4096": partial(VGG, 19, head=head_4096, bias=True),
     "vgg19_4096": partial(VGG, 19, head=head_4096, bias=True, batch_norm=False),
 }
-INITS = ("default", "study-b")
+INITS = ("default", "dirac", "study-b")
 
 
 def list_models() -> list[str]:
@@ -49,7 +49,8 @@ def create_model(
             starts as the identity (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
         fused: BatchNorm, residual add and ReLU in one operator; otherwise in PyTorch's own.
         sync_bn: BatchNorm over the whole batch of all processes; needs the fused operator.
-        init: initial weights: ``default`` as torchvision draws them, ``study-b`` as ``init_as_study_b`` does.
+        init: initial weights: ``default`` as torchvision draws them, ``dirac`` and ``study-b`` as ``init_dirac`` and
+            ``init_as_study_b`` do.
     """
     if name not in MODELS:
         raise UserError(f"--model {name}: unknown; choose from {', '.join(MODELS)}")
@@ -58,9 +59,20 @@ def create_model(
         raise UserError(f"--zero-gamma: {name} has no residual blocks; remove it or choose a resnet")
     options = {"zero_gamma": True} if zero_gamma else {}
     model = MODELS[name](num_classes, norm_layer=norm_layer, **options)
-    if init == "study-b":
-        init_as_study_b(model)
+    if init != "default":
+        {"dirac": init_dirac, "study-b": init_as_study_b}[init](model)
     return model
+
+
+def init_dirac(model: nn.Module) -> None:
+    """Lets each 3x3 convolution of stride 1, but the first, begin as the identity, as far as it has channels to: output
+    i is input i, and outputs beyond the inputs keep their weights (Zagoruyko & Komodakis 2017, arXiv:1706.00388; Jordan
+    2024, arXiv:2404.00498, section 3.2)."""
+    for module in model.modules():
+        if not isinstance(module, nn.Conv2d) or (module.kernel_size, module.stride) != ((3, 3), (1, 1)):
+            continue
+        if 3 < module.in_channels <= module.out_channels:
+            nn.init.dirac_(module.weight[: module.in_channels].detach())
 
 
 def init_as_study_b(model: nn.Module) -> None:

@@ -186,3 +186,23 @@ def test_features_can_be_extracted(name, size, nodes, fused):
         assert actual.keys() == expected.keys()
         for node in nodes:
             torch.testing.assert_close(actual[node], expected[node])
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet18", "resnet50"])
+def test_3x3_convolutions_begin_as_the_identity(name):
+    torch.manual_seed(0)
+    plain = dict(create_model(name, 3).named_modules())
+    torch.manual_seed(0)
+    found = 0
+    for path, module in create_model(name, 3, init="dirac").named_modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        channels = module.in_channels
+        kept = module.weight
+        if module.kernel_size == (3, 3) and module.stride == (1, 1) and channels > 3:
+            found += 1
+            x = torch.randn(2, channels, 5, 5)
+            torch.testing.assert_close(module(x)[:, :channels], x)
+            kept = module.weight[channels:]
+        assert torch.equal(kept, plain[path].weight[module.out_channels - len(kept) :])
+    assert found == {"vgg16": 12, "resnet18": 13, "resnet50": 13}[name]
