@@ -18,12 +18,14 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     Newton-Schulz iteration. Singular values below a hundredth of the Frobenius norm stay below 0.73.
     """
     tall = matrices.size(1) > matrices.size(2)
-    x = matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = matrices.squeeze(0)  # a CPU multiplies a single matrix faster than a batch of one
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
     for a, b, c in COEFFICIENTS:
         gram = x.mT @ x if tall else x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
-    return x
+        polynomial = add_product(gram, gram, gram, beta=b, alpha=c)
+        x = add_product(x, x, polynomial, beta=a) if tall else add_product(x, polynomial, x, beta=a)
+    return x.view_as(matrices)
 
 
 class Muon(SGD):
