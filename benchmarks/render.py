@@ -202,6 +202,7 @@ def study_table(contents: list[Content]) -> str:
                     f"`{study['study']}`: {as_markdown(result.label)}",
                     f"{published:.2f}" if published else "",
                     *(result.estimate(metric).text() for metric in ("best_accuracy", "last_accuracy")),
+                    f"{result.means.get('epochs_work', result.means['epochs']):.2f}",
                     result.estimate("epoch_seconds").text(1),
                     f"{result.times_eager:.1f}" if result.eager and result in compared else "",
                 ]
@@ -212,7 +213,7 @@ def study_table(contents: list[Content]) -> str:
             f"{', '.join(str(run['seed']) for run in results[0].summaries)}; {summary['device']}; "
             f"{_provenance({**summary, 'date': study['date']})}."
         )
-    head = ["run", "published best, %", "best, %", "last, %", "s/epoch", "x eager"]
+    head = ["run", "published best, %", "best, %", "last, %", "epochs' work", "s/epoch", "x eager"]
     return "\n\n".join([table(head, rows), "\n".join(f"* {caption}" for caption in captions)])
 
 
