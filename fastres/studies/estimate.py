@@ -19,16 +19,8 @@ from fastres.training.run import Run
 
 # what decides the images a second
 SPEED_SETTINGS = (
-    "model",
-    "batch_size",
-    "augmentation",
-    "image_size_schedule",
-    "optimizer",
-    "device",
-    "decode",
-    "workers",
-    *ENGINE,
-)
+    "model", "batch_size", "augmentation", "image_size_schedule", "optimizer", "device", "decode", "workers", *ENGINE,
+)  # fmt: skip
 MEASURED_STEPS = 2  # of each model
 
 
