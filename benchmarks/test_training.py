@@ -1,5 +1,5 @@
 """Images a second of the studies' four models, fastres' defaults against plain PyTorch: the forward pass, a training
-step, and training with the loader.
+step, and training with the loader; and what Muon adds to a step.
 
     python -m pytest benchmarks/test_training.py --benchmark-only
 
@@ -14,7 +14,7 @@ from itertools import count
 import pytest
 import torch
 
-from fastres.config import TrainConfig
+from fastres.config import TrainConfig, over_recipe
 from fastres.data.datasets import synthetic
 from fastres.models import create_model
 from fastres.profiling.measure import (
@@ -97,3 +97,19 @@ def test_training(report, name, model, dataset):
 
     candidates = {name: training(config) for name, config in configs.items()}
     report(name, model, BATCH, configs["fastres"].device, seconds_of_a_step(candidates))
+
+
+@pytest.mark.parametrize("model", ["resnet18", "resnet50", "vgg16"])
+def test_muon(report, model, dataset):
+    """A step of the fast recipe, at its batch size, and the same with SGD."""
+    muon, _ = resolve(TrainConfig(**over_recipe({"recipe": "fast", "model": model})), dataset)
+    configs = {"sgd": replace(muon, optimizer="sgd"), "muon": muon}
+    batch, numbers = first_batch(muon, dataset), count()
+
+    def training(config):
+        trainer = create_trainer(config, dataset)
+        trainer.warm_up(evaluation=False)
+        return lambda: train(trainer, RepeatedBatch(batch, STEPS), next(numbers))
+
+    candidates = {name: training(config) for name, config in configs.items()}
+    report("optimizer", model, muon.batch_size, muon.device, seconds_of_a_step(candidates))

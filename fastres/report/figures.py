@@ -97,16 +97,22 @@ def over_seeds(axes: Axes, result: Results, column: str, color: str, **style: An
 
 
 def pareto(results: list[Results], note: str = "") -> Figure:
-    """Test accuracy against seconds of training, a point an epoch, and the best that any run has by then."""
+    """Test accuracy against seconds of training, a point an epoch, and the best that any run has by then: means over
+    seeds, from the lowest accuracy to the highest shaded."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     figure.suptitle(note, **NOTE)
     axes = figure.subplots()
     means = []
     for color, result in zip(cycle(COLORS), results, strict=False):
         seconds = result.history["epoch_seconds"].cumsum().mean(axis=1)
-        accuracy = result.history["test_accuracy"].mean(axis=1)
+        accuracies = result.history["test_accuracy"]
+        accuracy = accuracies.mean(axis=1)
         style: dict[str, Any] = {"marker": "o" if len(seconds) <= FEW_EPOCHS else "", "markersize": 3, "linewidth": 0.8}
         axes.plot(seconds, accuracy, color=color, label=result.label, alpha=0.7, **style)
+        if len(result.summaries) > 1:
+            axes.fill_between(
+                seconds, accuracies.min(axis=1), accuracies.max(axis=1), color=color, alpha=0.12, linewidth=0
+            )
         means.append(accuracy.set_axis(seconds))
     front = pd.concat(means).sort_index().cummax()
     axes.step(front.index, front, where="post", color="0.2", linewidth=1.6, alpha=0.6, label="Pareto front", zorder=0)
