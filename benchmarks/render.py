@@ -172,6 +172,15 @@ def step_table(contents: list[Content]) -> str:
     return table(["device", "model", "batch", "eager, ms", "fastres, ms", "x eager", "measured"], rows)
 
 
+def optimizer_table(contents: list[Content]) -> str:
+    """A training step of each model with SGD and with Muon."""
+    rows = []
+    for row, sgd in _newest(contents, "optimizer", "muon", "sgd"):
+        milliseconds = (f"{1000 * candidate['seconds']:,.1f}" for candidate in (sgd, row))
+        rows.append([*_model(row), *milliseconds, f"{row['times_as_long']:.2f}", _provenance(row)])
+    return table(["device", "model", "batch", "SGD, ms", "Muon, ms", "Muon / SGD", "measured"], rows)
+
+
 def operator_table(contents: list[Content]) -> str:
     """The fused operator against its rivals: the median over shapes of how many times as long each takes."""
     groups: dict[tuple[str, ...], list[tuple[Content, ...]]] = {}
@@ -225,6 +234,7 @@ TABLES: dict[str, Callable[[list[Content]], str]] = {
     "forward": forward_table,
     "steps": step_table,
     "operator": operator_table,
+    "optimizers": optimizer_table,
     "studies": study_table,
 }
 
