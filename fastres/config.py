@@ -304,6 +304,7 @@ def check_effect(given: Mapping[str, Any]) -> None:
         ("milestones", schedule == "multistep", "--schedule multistep"),
         ("warmup_epochs", schedule != "constant", "another --schedule than constant"),
         ("compile_mode", settings.get("compile"), "--compile"),
+        ("sgd_lr", settings.get("optimizer") == "muon", "--optimizer muon"),
         ("nesterov", settings.get("optimizer", TrainConfig.optimizer) == "sgd", "--optimizer sgd"),
     ):
         if given.get(name) and not acts:

@@ -154,6 +154,7 @@ def test_help_groups_the_flags(command_line):
         (["--warmup-epochs", "-1"], "--warmup-epochs -1: must be at least 0"),
         (["--milestones", "1"], "--milestones 1: needs --schedule multistep"),
         (["--optimizer", "adamw", "--nesterov"], "--nesterov: needs --optimizer sgd"),
+        (["--sgd-lr", "0.1"], "--sgd-lr 0.1: needs --optimizer muon"),
         (["--recipe", "study-a", "--warmup-epochs", "1"], "--warmup-epochs 1: needs another --schedule"),
         (["--compile-mode", "max-autotune"], "--compile-mode max-autotune: needs --compile"),
         (["--zero-gamma"], "--zero-gamma: vgg11 has no residual blocks"),
