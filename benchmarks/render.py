@@ -165,19 +165,13 @@ def forward_table(contents: list[Content]) -> str:
 
 def step_table(contents: list[Content]) -> str:
     """A training step of each model, fastres' defaults against plain PyTorch."""
-    rows = []
-    for row, eager in _newest(contents, "step", "fastres", "eager"):
-        milliseconds = (f"{1000 * candidate['seconds']:,.1f}" for candidate in (eager, row))
-        rows.append([*_model(row), *milliseconds, f"{eager['times_as_long']:.2f}", _provenance(row)])
+    rows = _steps(contents, "step", "eager", "fastres", slower="eager")
     return table(["device", "model", "batch", "eager, ms", "fastres, ms", "x eager", "measured"], rows)
 
 
 def optimizer_table(contents: list[Content]) -> str:
     """A training step of each model with SGD and with Muon."""
-    rows = []
-    for row, sgd in _newest(contents, "optimizer", "muon", "sgd"):
-        milliseconds = (f"{1000 * candidate['seconds']:,.1f}" for candidate in (sgd, row))
-        rows.append([*_model(row), *milliseconds, f"{row['times_as_long']:.2f}", _provenance(row)])
+    rows = _steps(contents, "optimizer", "sgd", "muon", slower="muon")
     return table(["device", "model", "batch", "SGD, ms", "Muon, ms", "Muon / SGD", "measured"], rows)
 
 
@@ -250,6 +244,16 @@ def _newest(contents: list[Content], benchmark: str, *candidates: str) -> Iterat
         found |= measured
     for rows in found.values():
         yield tuple(rows.get(name, {}) for name in candidates)
+
+
+def _steps(contents: list[Content], benchmark: str, *candidates: str, slower: str) -> list[list[str]]:
+    """For each device and model: milliseconds a step of the candidates, and how many times as long ``slower`` takes."""
+    rows = []
+    for steps in _newest(contents, benchmark, *candidates):
+        milliseconds = (f"{1000 * step['seconds']:,.1f}" for step in steps)
+        times = steps[candidates.index(slower)]["times_as_long"]
+        rows.append([*_model(steps[0]), *milliseconds, f"{times:.2f}", _provenance(steps[0])])
+    return rows
 
 
 def _model(row: Content) -> list[str]:

@@ -77,6 +77,14 @@ def test_forward(report, model, dataset):
     report("forward", model, BATCH, configs["fastres"].device, seconds_of_a_step(candidates))
 
 
+def training(config, dataset, loader, numbers):
+    """Trains a warmed-up trainer of ``config`` on ``loader``, once a call; ``numbers`` are the epochs'."""
+    trainer = create_trainer(config, dataset, plain=not config.fused)
+    if config.fused:
+        trainer.warm_up(evaluation=False)
+    return lambda: train(trainer, loader, next(numbers))
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", ["step", "epoch"])
 def test_training(report, name, model, dataset):
@@ -84,18 +92,13 @@ def test_training(report, name, model, dataset):
     configs = settings(model, dataset)
     batch, numbers = first_batch(configs["fastres"], dataset), count()
 
-    def training(config):
-        trainer = create_trainer(config, dataset, plain=not config.fused)
-        if config.fused:
-            trainer.warm_up(evaluation=False)
+    def loader(config):
         if name == "step":
-            loader = RepeatedBatch(batch, STEPS)
-        else:
-            steps = steps_per_epoch(config, len(dataset.train))
-            loader = ContinuingLoader(planned_loader(config, dataset, steps), STEPS)
-        return lambda: train(trainer, loader, next(numbers))
+            return RepeatedBatch(batch, STEPS)
+        steps = steps_per_epoch(config, len(dataset.train))
+        return ContinuingLoader(planned_loader(config, dataset, steps), STEPS)
 
-    candidates = {name: training(config) for name, config in configs.items()}
+    candidates = {name: training(config, dataset, loader(config), numbers) for name, config in configs.items()}
     report(name, model, BATCH, configs["fastres"].device, seconds_of_a_step(candidates))
 
 
@@ -106,10 +109,6 @@ def test_muon(report, model, dataset):
     configs = {"sgd": replace(muon, optimizer="sgd"), "muon": muon}
     batch, numbers = first_batch(muon, dataset), count()
 
-    def training(config):
-        trainer = create_trainer(config, dataset)
-        trainer.warm_up(evaluation=False)
-        return lambda: train(trainer, RepeatedBatch(batch, STEPS), next(numbers))
-
-    candidates = {name: training(config) for name, config in configs.items()}
+    loader = RepeatedBatch(batch, STEPS)
+    candidates = {name: training(config, dataset, loader, numbers) for name, config in configs.items()}
     report("optimizer", model, muon.batch_size, muon.device, seconds_of_a_step(candidates))

@@ -115,7 +115,7 @@ class TrainConfig:
         "Model",
         "initial weights; dirac: 3x3 convolutions begin as the identity; study-b: as that study's code draws them",
         "default",
-        INITS,
+        tuple(INITS),
     )
     fused: bool | None = flag(
         "Model",

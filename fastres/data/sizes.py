@@ -20,7 +20,7 @@ def image_sizes(schedule: str) -> list[tuple[int, float]]:
     ``schedule`` is ``none``, or joins ``SIZE:UNTIL`` by commas. Raises UserError unless both parts increase.
     """
     parts = [] if schedule == "none" else schedule.split(",")
-    found = [re.fullmatch(r"(\d{1,2}):(0?\.\d{1,9})", part.strip()) for part in parts]
+    found = [re.fullmatch(r"(\d{1,2}):(0?\.\d{1,4})", part.strip()) for part in parts]
     sizes = [(int(match[1]), float(match[2])) for match in found if match]
     sizes = [(SMALLEST - 1, 0.0), *sizes, (IMAGE_SIZE, 1.0)]
     if len(sizes) < len(parts) + 2 or not all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(sizes)):
@@ -36,10 +36,15 @@ def canonical_schedule(schedule: str) -> str:
     return ",".join(f"{size}:{until:g}" for size, until in image_sizes(schedule)[:-1]) or "none"
 
 
+def _ends(schedule: str, total: int) -> list[tuple[int, int]]:
+    """The sizes in turn, each with the step of a run of ``total`` before which it ends."""
+    return [(size, round(until * total)) for size, until in image_sizes(schedule)]
+
+
 def steps_of_sizes(schedule: str, total: int, done: int | None = None) -> dict[int, int]:
     """How many of the first ``done`` (by default, all) of a run's ``total`` steps have each size."""
     done = total if done is None else done
-    ends = [(size, min(round(until * total), done)) for size, until in image_sizes(schedule)]
+    ends = [(size, min(end, done)) for size, end in _ends(schedule, total)]
     return {size: end - start for (_, start), (size, end) in pairwise([(0, 0), *ends])}
 
 
@@ -51,5 +56,5 @@ def mean_area(schedule: str) -> float:
 
 def size_of_steps(schedule: str, steps: np.ndarray, total: int) -> np.ndarray:
     """The size of each of ``steps``, counted from 0, of a run of ``total``; int32."""
-    counts = steps_of_sizes(schedule, total)
-    return np.array([*counts], np.int32)[np.searchsorted(np.cumsum([*counts.values()])[:-1], steps, side="right")]
+    sizes, ends = zip(*_ends(schedule, total), strict=True)
+    return np.array(sizes, np.int32)[np.searchsorted(ends[:-1], steps, side="right")]

@@ -23,7 +23,6 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg19_bn_4096": partial(VGG, 19, head=head_4096, bias=True),
     "vgg19_4096": partial(VGG, 19, head=head_4096, bias=True, batch_norm=False),
 }
-INITS = ("default", "dirac", "study-b")
 
 
 def list_models() -> list[str]:
@@ -59,8 +58,7 @@ def create_model(
         raise UserError(f"--zero-gamma: {name} has no residual blocks; remove it or choose a resnet")
     options = {"zero_gamma": True} if zero_gamma else {}
     model = MODELS[name](num_classes, norm_layer=norm_layer, **options)
-    if init != "default":
-        {"dirac": init_dirac, "study-b": init_as_study_b}[init](model)
+    INITS[init](model)
     return model
 
 
@@ -87,3 +85,8 @@ def init_as_study_b(model: nn.Module) -> None:
                 module.reset_parameters()
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+
+INITS: dict[str, Callable[[nn.Module], None]] = {
+    "default": lambda model: None, "dirac": init_dirac, "study-b": init_as_study_b,
+}  # fmt: skip

@@ -206,14 +206,16 @@ def phase_table(study: dict[str, Any], results: list[Results]) -> str:
 
 
 def tricks_table(study: dict[str, Any], results: list[Results]) -> str:
-    """What each trick changes at the last epoch, in work and in seconds: added alone, and left out of the whole."""
+    """How accuracy at the last epoch, epochs' work and seconds change when a trick is added: to a run without tricks,
+    and to a run that has all the others."""
     runs, rows = {result.name: result for result in results}, []
     for item in study.get("ablations", []):
-        alone, without = (
-            (runs[item[one]], runs[item[other]]) for one, other in (("added", "baseline"), ("whole", "left_out"))
-        )
         row = {"run": as_markdown(runs[item["baseline"]].label), "trick": f"**{as_markdown(item['label'])}**"}
-        for words, (more, less) in (("added alone", alone), ("in the whole", without)):
+        for words, with_it, without_it in (
+            ("added alone", "added", "baseline"),
+            ("in the whole", "whole", "left_out"),
+        ):
+            more, less = runs[item[with_it]], runs[item[without_it]]
             row[f"{words}: points"] = more.minus(less, "last_accuracy").text()
             for metric, title in (("epochs_work", "epochs' work"), ("train_seconds", "seconds")):
                 row[f"{words}: {title}"] = more.minus(less, metric).text()

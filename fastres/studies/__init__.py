@@ -105,7 +105,8 @@ class Conjecture:
 
 @dataclass(frozen=True)
 class Ablation:
-    """Runs that tell what a trick is worth: ``added`` to the run ``baseline`` alone, ``left_out`` of the ``whole``."""
+    """The names of four runs that measure a trick: ``baseline`` has no trick and ``added`` only this one; ``whole`` has
+    all tricks and ``left_out`` all except this one."""
 
     label: str
     baseline: str
@@ -163,7 +164,7 @@ def list_studies() -> list[str]:
 def load_study(name: str, ablate: bool = False) -> Study:
     """The built-in study called ``name``, or that of the TOML file at that path.
 
-    ``ablate``: with a run for each of its tricks alone, and for all of them but each.
+    ``ablate``: for each of its tricks, add a run that has only this trick, and a run that has all the others.
     """
     path = path_of(name) if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
     if not path.is_file():
@@ -190,12 +191,9 @@ def build(name: str, file: StudyFile, ablate: bool = False) -> Study:
         raise UserError("no tricks for --ablate; add a table [tricks.NAME] with flags = { ... }")
     if file.tricks:
         tricks = definitions("tricks", file.tricks)
-        if ablate:
-            ablations = [
-                Ablation(trick.label, run.name, f"{run.name}-with-{trick.name}", f"{run.name}-all",
-                         f"{run.name}-without-{trick.name}") for run in runs for trick in tricks
-            ]  # fmt: skip
-        runs = [tried for run in runs for tried in with_tricks(run, tricks, ablate)]
+        tried = [with_tricks(run, tricks, ablate) for run in runs]
+        runs = [run for found, _ in tried for run in found]
+        ablations = [ablation for _, found in tried for ablation in found]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise UserError(f"two runs are called {max(names, key=names.count)}; rename one")
@@ -268,24 +266,37 @@ def varied(run: RunDefinition, variant: RunDefinition) -> RunDefinition:
     )
 
 
-def with_tricks(run: RunDefinition, tricks: list[RunDefinition], ablate: bool) -> list[RunDefinition]:
-    """``run`` without and with all ``tricks``; if ``ablate``, also with each alone, and with all but each."""
-    chosen = [("", "", []), ("-all", " with all", tricks)]
-    if ablate:
-        chosen += [(f"-with-{trick.name}", f" with {trick.label}", [trick]) for trick in tricks]
-        chosen += [
-            (f"-without-{trick.name}", f" with all but {trick.label}", [other for other in tricks if other != trick])
-            for trick in tricks
-        ]
-    found = []
-    for suffix, words, parts in chosen:
+def with_tricks(
+    run: RunDefinition, tricks: list[RunDefinition], ablate: bool
+) -> tuple[list[RunDefinition], list[Ablation]]:
+    """``run`` without any of ``tricks`` and with all of them.
+
+    If ``ablate``, also with one trick, and with all except one, for each trick; the second list says which runs these
+    are.
+    """
+
+    def tried(suffix: str, words: str, parts: list[RunDefinition]) -> RunDefinition:
         flags = dict(run.flags)
         for trick in parts:
-            steps = trick.flags.get("augmentation")
             augmentation = over_recipe(flags).get("augmentation", TrainConfig.augmentation)
-            flags |= trick.flags | ({"augmentation": with_steps(augmentation, steps)} if steps else {})
-        found.append(RunDefinition(run.name + suffix, run.label + words, flags, run.published if not parts else {}))
-    return found
+            flags |= trick.flags
+            if steps := trick.flags.get("augmentation"):
+                flags["augmentation"] = with_steps(augmentation, steps)
+        return RunDefinition(run.name + suffix, run.label + words, flags, run.published if not parts else {})
+
+    whole = tried("-all", " with all", tricks)
+    if not ablate:
+        return [tried("", "", []), whole], []
+    added = [tried(f"-with-{trick.name}", f" with {trick.label}", [trick]) for trick in tricks]
+    left_out = [
+        tried(f"-without-{trick.name}", f" with all but {trick.label}", [other for other in tricks if other != trick])
+        for trick in tricks
+    ]
+    ablations = [
+        Ablation(trick.label, run.name, one.name, whole.name, rest.name)
+        for trick, one, rest in zip(tricks, added, left_out, strict=True)
+    ]
+    return [tried("", "", []), whole, *added, *left_out], ablations
 
 
 def check_runs(where: str, names: Iterable[str], known: Collection[str]) -> None:

@@ -38,7 +38,9 @@ class StudyConfig:
         "Study", "fraction of the training images; the test set stays whole", 1.0, interval="(0, 1]"
     )
     ablate: bool = flag(
-        "Study", "train also with each trick of the study alone, and with all but each, and say what it is worth", False
+        "Study",
+        "for each trick of the study, also train with it alone, and with all the others, to measure what it is worth",
+        False,
     )
     eager_cost: bool = flag(
         "Study", f"also train {EAGER_EPOCHS} epochs of each model in eager PyTorch, to compare", True

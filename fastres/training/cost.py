@@ -26,12 +26,6 @@ def flop_an_image(config: TrainConfig, num_classes: int, size: int = IMAGE_SIZE)
     return 3 * 2 * forward_macs(model, size)
 
 
-def train_flop(config: TrainConfig, num_classes: int, images: int, steps: dict[int, int]) -> float:
-    """Floating-point operations of ``steps``, by size of image, which show ``images`` images in all."""
-    flop = sum(count * flop_an_image(config, num_classes, size) for size, count in steps.items() if count)
-    return flop * images / sum(steps.values())
-
-
 def measure_rates(config: TrainConfig, device: torch.device, flop: float) -> Machine | None:
     """The machine's rates now, for a run of ``flop``.
 

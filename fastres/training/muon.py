@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-# Of three steps of fifth order that bring singular values from [0.01, 1] to [0.73, 1.27], the best that three can do:
-# each is the polynomial nearest to 1 on what the step before leaves (Amsel et al. 2025, arXiv:2505.16932, theorem 3.1).
+# (a, b, c) of the polynomials a x + b x^3 + c x^5 of three steps, which map singular values in [0.01, 1] to
+# [0.73, 1.27]. Each is the best approximation of 1 on the interval that the step before it maps to, which makes the
+# three together optimal (Amsel et al. 2025, arXiv:2505.16932, theorem 3.1).
 COEFFICIENTS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
 
 

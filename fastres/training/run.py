@@ -26,7 +26,7 @@ from fastres.profiling.roofline import Machine
 from fastres.training import distributed
 from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights
 from fastres.training.clock import Clock
-from fastres.training.cost import energy, measure_rates, train_flop
+from fastres.training.cost import energy, flop_an_image, measure_rates
 from fastres.training.epoch import Epoch, Evaluation
 from fastres.training.event_log import EventLog
 from fastres.training.hardware import steps_per_epoch
@@ -125,8 +125,15 @@ class Run:
 
     def flop(self, epochs: int) -> float:
         """Floating-point operations of training in the first ``epochs`` epochs."""
-        images = epochs * self.images_per_epoch
-        return train_flop(self.config, len(self.dataset.classes), images, self.steps_of_sizes(epochs))
+        steps = self.steps_of_sizes(epochs)
+        flop = sum(count * self.flop_an_image[size] for size, count in steps.items())
+        return flop * epochs * self.images_per_epoch / sum(steps.values())
+
+    @cached_property
+    def flop_an_image(self) -> dict[int, float]:
+        """Floating-point operations of training on an image, by its size."""
+        classes = len(self.dataset.classes)
+        return {size: flop_an_image(self.config, classes, size) for size in self.steps_of_sizes(0)}
 
     @cached_property
     def train_loader(self) -> Loader:

@@ -83,7 +83,6 @@ class Trainer:
             self.forward = compiled(DistributedDataParallel(self.model), config)
         elif device.type == "cuda" and config.amp != "off" and not config.compile:  # a compiler fuses the casts itself
             self.forward = with_cast_weights(self.model, AMP_DTYPES[config.amp])
-        self.sizes = [size for size, _ in image_sizes(config.image_size_schedule)]  # of images, in pixels a side
         self.replays: dict[torch.Size, Step] = {}  # the step as a CUDA graph, for batches of a shape
         self.losses: list[torch.Tensor] = []  # of the first steps of the run
         self.waits: list[tuple[Mark, Mark]] = []  # start and end of each wait for a batch since the last settle
@@ -108,7 +107,7 @@ class Trainer:
         values, scaler = [tensor.clone() for tensor in tensors], self.scaler.state_dict()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             with explain_out_of_memory("--batch-size", self.config.batch_size):
-                for size in self.sizes:
+                for size, _ in image_sizes(self.config.image_size_schedule):
                     self._warm_up(self.config.batch_size, size, training=True)
             if evaluation:
                 with explain_out_of_memory("--eval-batch-size", self.config.eval_batch_size):

@@ -200,7 +200,20 @@ def test_sizes_of_a_run():
 
 @pytest.mark.parametrize(
     "schedule",
-    ["", "24", "24:1", "24:0", "24:65", "33:0.5", "32:0.5", "7:0.5", "24:0.5,16:0.6", "16:0.6,24:0.5", "x\n"],
+    [
+        "",
+        "24",
+        "24:1",
+        "24:0",
+        "24:0.00001",
+        "24:65",
+        "33:0.5",
+        "32:0.5",
+        "7:0.5",
+        "24:0.5,16:0.6",
+        "16:0.6,24:0.5",
+        "x\n",
+    ],
 )
 def test_sizes_that_are_no_schedule(schedule):
     with pytest.raises(UserError, match=r"^--image-size-schedule .*: must be none, or increasing sizes from 8 to 31"):
