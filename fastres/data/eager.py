@@ -1,13 +1,16 @@
 """The eager baseline: torchvision transforms on one image at a time in a DataLoader, as the studies wrote it."""
 
 import gc
+import multiprocessing
 import os
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
@@ -49,7 +52,8 @@ class EagerLoader(PlanLoader):
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or every iteration would draw from the global one, which dropout uses
-            worker_init_fn=_leave_the_group,
+            worker_init_fn=_begin_worker,
+            multiprocessing_context=_context() if self.workers else None,
         )
         try:
             yield from batches
@@ -62,10 +66,28 @@ class EagerLoader(PlanLoader):
             ) from error
 
 
-def _leave_the_group(worker: int) -> None:
+def _context() -> multiprocessing.context.BaseContext:
+    """How workers are started: in a job not as forks of its processes. In CPython 3.11 a fork waits for ever if one of
+    Gloo's threads holds the interpreter's list of threads in that moment (in 3.12 it makes that lock anew)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return multiprocessing.get_context()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _begin_worker(worker: int) -> None:
     """Takes a worker out of the parent's process group, which torchrun and terminals signal: the parent still needs it
-    to finish the step."""
+    to finish the step. It ends with its parent, also if a fork server stands between them."""
     os.setpgrp()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # in a worker
+    parent.join()
+    os._exit(1)
 
 
 def _image(split: Split, index: int) -> Image.Image:
