@@ -11,7 +11,7 @@ from fastres.data.plan import STEPS, canonical_augmentation
 from fastres.data.sizes import canonical_schedule, image_sizes
 from fastres.errors import UserError
 from fastres.fields import as_flag, check_fields, flag
-from fastres.models import INITS, MODELS
+from fastres.models import INITS, MODELS, check_name
 from fastres.training.optimizer import OPTIMIZERS
 from fastres.training.schedule import SCHEDULES
 
@@ -109,7 +109,12 @@ class TrainConfig:
     )
     seed: int = flag("Recipe", "seed of weights, order, augmentation and dropout", 0, interval=f"[0, {2**63})")
 
-    model: str = flag("Model", "architecture", "resnet50", tuple(MODELS))
+    model: str = flag(
+        "Model",
+        f"architecture: {', '.join(MODELS)}; or a function of your own, as package.module:function or "
+        "file.py:function, that takes the number of classes",
+        "resnet50",
+    )
     zero_gamma: bool = flag("Model", "start the last norm of each residual block at 0", False)
     init: str = flag(
         "Model",
@@ -259,9 +264,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_name(self.model)
         for fits, message in (
             (
-                len(image_sizes(self.image_size_schedule)) == 1 or self.model.startswith("resnet"),
+                len(image_sizes(self.image_size_schedule)) == 1 or not self.model.startswith("vgg"),
                 f"--image-size-schedule: {self.model} halves its images five times, so they need 32 pixels; remove it, "
                 "or choose a resnet",
             ),

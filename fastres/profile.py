@@ -28,7 +28,7 @@ from fastres.fields import as_json, check_fields, flag
 from fastres.files import claimed, new_folder, write_json
 from fastres.flags import Parser, add_flags, open_console, run_command
 from fastres.machine import commit, device_name, versions
-from fastres.models import create_model
+from fastres.models import create_on_meta, function_name, register_model
 from fastres.profiling.measure import (
     EAGER,
     Candidate,
@@ -43,6 +43,7 @@ from fastres.profiling.measure import (
 from fastres.profiling.roofline import forward_macs, limit_seconds, measure_machine, step_kernels
 from fastres.report.profile import advice, plot_profile, profile_table
 from fastres.training import distributed
+from fastres.training.cost import describe_model
 from fastres.training.hardware import choose_device, resolve, steps_per_epoch, tune_libraries
 from fastres.training.trainer import AMP_DTYPES, explain_out_of_memory
 
@@ -86,6 +87,7 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        register_model(self.model)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.profile") -> int:
@@ -105,11 +107,13 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
     defaults, dataset, why = prepare(config)
     folder = config.output_dir
     if folder is None:
-        folder = new_folder(Path("runs") / f"profile-{config.model}-{datetime.now():%Y%m%d-%H%M%S}")
+        folder = new_folder(Path("runs") / f"profile-{function_name(config.model)}-{datetime.now():%Y%m%d-%H%M%S}")
     with claimed(folder, ("profile.json", "profile.png", "trace.json")):
         if (folder / "profile.json").exists():
             raise UserError(f"--output-dir {folder}: already holds a profile; choose another folder")
         console.print(f"dataset: {dataset.name}, {len(dataset.train):,} training images\n{why}")
+        if ":" in defaults.model:
+            console.print(describe_model(defaults, len(dataset.classes)))
         result, fastres = measure(config, defaults, dataset, folder, console)
         picture = plot_profile(folder)
         console.print(profile_table(result))
@@ -155,8 +159,7 @@ def measure(
         f"machine: {machine.flops_per_second / 1e12:.3g} TFLOP/s in {dtype} products, "
         f"{machine.bytes_per_second / 1e9:.3g} GB/s in copies"
     )
-    with torch.device("meta"):
-        shapes = create_model(defaults.model, len(dataset.classes))
+    shapes = create_on_meta(defaults.model, len(dataset.classes))
     steps_of_epoch = steps_per_epoch(defaults, len(dataset.train))
     images = steps_of_epoch * defaults.batch_size
     limit = steps_of_epoch * limit_seconds(step_kernels(shapes, defaults.batch_size, dtype), machine)

@@ -23,6 +23,7 @@ from fastres.config import TrainConfig
 from fastres.errors import UserError
 from fastres.files import claimed, read_json, write_json
 from fastres.flags import Parser, add_flags, open_console, run_command
+from fastres.models import function_name, register_model
 from fastres.report.results import read_results
 from fastres.report.study import decision_line, decisions, write_report
 from fastres.studies import list_studies, load_study
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.
         flags = parser.parse_flags(arguments)
         name, resume, dry_run = (flags.pop(key) for key in ("name", "resume", "dry_run"))
         config = StudyConfig(**{key: flags.pop(key) for key in vars(StudyConfig()) if key in flags})
+        if "model" in flags:
+            register_model(flags["model"])
         study = load_study(name, config.ablate)
         folder = config.output_dir or Path("runs") / f"study-{study.name}"
         planner, console = Planner(study, config, flags, folder), open_console()
@@ -145,7 +148,7 @@ def describe(planner: Planner, planned: list[PlannedRun], seeds: Sequence[int], 
     for definition in study.runs:
         folders = [f"{definition.name}-seed{seed}" for seed in seeds]
         run = by_folder[folders[0]]
-        eager = f"eager-{run.config.model}"
+        eager = f"eager-{function_name(run.config.model)}"
         runs.append(
             {
                 "name": definition.name,

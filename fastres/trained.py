@@ -1,5 +1,6 @@
 """A trained model from a run's folder, ready to predict."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from fastres.config import WEIGHTS
 from fastres.errors import UserError
 from fastres.fields import path
 from fastres.files import read_json
-from fastres.models import create_model
+from fastres.models import create_model, register_model
 from fastres.training.checkpoint import load_weights
 from fastres.training.hardware import choose_fused
 from fastres.training.start import read_saved
@@ -37,18 +38,22 @@ class TrainedModel(nn.Module):
         return self.model((images - self.mean) / self.std)
 
 
-def load_model(run: str | Path, weights: str | None = None) -> TrainedModel:
+def load_model(run: str | Path, weights: str | None = None, model: str | None = None) -> TrainedModel:
     """The model of the run in the folder ``run``, on the CPU.
 
     Args:
         weights: ``last`` or ``best``, the epoch that they are of; by default the run's ``--select``.
+        model: the run's ``--model`` if that is a function, which is imported only if it is named here.
     """
     folder = path(str(run))
     if weights not in (None, *WEIGHTS):
         raise UserError(f"weights {weights!r}: choose from {', '.join(WEIGHTS)}")
     saved = read_saved(read_json(folder / "config.json"), folder / "config.json")
     config = saved.config
+    if model is not None:
+        register_model(model)
+        config = replace(config, model=model)
     fused, _ = choose_fused(None, torch.device("cpu"), sync_bn=False)
-    model = create_model(config.model, len(saved.class_names), fused=fused)
-    load_weights(model, folder / f"{weights or config.select}.safetensors")
-    return TrainedModel(model, saved.class_names, saved.mean, saved.std)
+    network = create_model(config.model, len(saved.class_names), fused=fused)
+    load_weights(network, folder / f"{weights or config.select}.safetensors")
+    return TrainedModel(network, saved.class_names, saved.mean, saved.std)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastres import train
+from fastres import models, train
 from fastres.data.image_folder import folder
 from fastres.data.splits import Dataset, Split
 from fastres.models import MODELS
@@ -91,6 +92,13 @@ def tiny_model(num_classes: int, norm_layer: Callable[..., nn.Module]) -> nn.Mod
 def tiny_vgg11(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts the tiny model in vgg11's place."""
     monkeypatch.setitem(MODELS, "vgg11", tiny_model)
+
+
+@pytest.fixture
+def own_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoes the import of networks of one's own."""
+    monkeypatch.setattr(models, "MODELS", dict(MODELS))
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 class CommandLine:

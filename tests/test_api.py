@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastres
+from fastres import models
 from fastres.__main__ import main
 from fastres.data.splits import Split
 from fastres.errors import UserError
@@ -72,6 +73,19 @@ def test_a_loaded_model_predicts_as_the_run_evaluated(weights, settings, tmp_pat
         logits = model(images)
     loss = torch.nn.functional.cross_entropy(logits, labels).item()
     assert loss == pytest.approx(summary[f"{weights}_test_loss"], rel=0.1)  # JPEG
+
+
+def test_a_loaded_network_of_ones_own(own_models, settings, tmp_path):
+    source = (
+        "from torch import nn\ndef net(n): return nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3072, n))"
+    )
+    (tmp_path / "nets.py").write_text(source)
+    name = f"{tmp_path}/nets.py:net"
+    fastres.fit(**settings | {"model": name}, quiet=True)
+    assert fastres.load_model(tmp_path / "run", model=name)(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+    del models.MODELS[name]
+    with pytest.raises(UserError, match="a function is imported only where it is given"):
+        fastres.load_model(tmp_path / "run")
 
 
 def test_load_model_says_what_is_wrong(settings, tmp_path):

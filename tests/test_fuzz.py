@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import tempfile
 import warnings
@@ -32,6 +33,7 @@ from fastres.flags import Parser, add_flags
 from fastres.models import MODELS
 from fastres.studies import load_study
 from fastres.studies.plan import Planner, StudyConfig
+from fastres.trained import load_model
 from fastres.training.checkpoint import read_checkpoint
 from fastres.training.start import open_run
 from tests.conftest import tiny_model
@@ -303,6 +305,31 @@ def test_settings_and_summary(folders, data):
         one_line_or_success("--eval", folders / "finished")
     finally:
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["config.json", "last.pt"])
+@pytest.mark.parametrize("name", ["os:getcwd", "proof.py:net", "tests.proof:net", "antigravity:x"])
+def test_functions_named_in_files(folders, file, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("proof.py").write_text(f"open({str(PROOF)!r}, 'w')")
+    run = tmp_path / "run"
+    shutil.copytree(folders / "stopped", run)
+    shutil.copy(folders / "finished/summary.json", run)
+    path = run / file
+    if file == "config.json":
+        record = json.loads(path.read_text())
+        record["asked"]["model"] = name
+        path.write_text(json.dumps(record))
+        with pytest.raises(UserError, match="imported only where it is given"):
+            load_model(run)
+    else:
+        state = torch.load(path, weights_only=True)
+        state["run"]["asked"]["model"] = name
+        torch.save(state, path)
+    code, error = command_line("--eval" if file == "config.json" else "--resume", run)
+    assert code == 2
+    assert f"--model {name}: a function is imported only where it is given as a flag or argument" in error
+    assert not {"proof", "tests.proof", "antigravity"} & sys.modules.keys()
 
 
 def encoded(kind, **options):

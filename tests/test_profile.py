@@ -181,7 +181,7 @@ def test_without_dali_and_bf16_those_steps_are_left_out(command_line, flags, tin
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet17"], "--model: invalid choice: 'resnet17'"),
+        (["--model", "resnet17"], "--model: invalid choice 'resnet17'"),
         (["--dataset", "imagenet"], "--dataset: invalid choice: 'imagenet'"),
         (["--dataset", "folder", "--data-dir", "nowhere"], "--data-dir nowhere: no such folder"),
         (["--batchsize", "1"], "unknown argument --batchsize; did you mean --batch-size"),

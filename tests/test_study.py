@@ -74,6 +74,18 @@ def markdown_rows(report, heading):
     return {cells[0].strip("*"): cells[1:] for cells in rows}
 
 
+def test_a_network_of_ones_own(own_models, command_line, flags, study_file, tmp_path):
+    source = "from torch import nn\ndef net(n): return nn.Sequential(nn.Flatten(), nn.Linear(3072, n))"
+    (tmp_path / "nets.py").write_text(source)
+    name = f"{tmp_path}/nets.py:net"
+    study_file.write_text(TINY.replace('"vgg11"', f'"{name}"'))
+    assert "a function is imported only where it is given as a flag" in command_line.one_line(*flags)
+    assert command_line(*flags, "--model", name) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"low-seed0", "high-seed0", "eager-net"}
+    (tmp_path / "out/low-seed0/summary.json").unlink()
+    assert command_line(*flags, "--model", name, "--resume") == 0
+
+
 def test_a_study_of_two_runs(command_line, flags, tmp_path):
     assert command_line(*flags, "--scale", 0.5, "--data-scale", 0.7, "--price-per-hour", 3600) == 0
     out = tmp_path / "out"

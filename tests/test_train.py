@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastres import train
+from fastres import models, train
 from fastres.config import TrainConfig, over_recipe
 from fastres.data.datasets import synthetic
 from fastres.fields import as_json, read_table
@@ -135,7 +135,7 @@ def test_help_groups_the_flags(command_line):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet17"], "--model: invalid choice: 'resnet17' .*resnet18.*vgg16"),
+        (["--model", "resnet17"], "--model: invalid choice 'resnet17'; .*resnet18.*vgg16"),
         (["--dataset", "imagenet"], "--dataset: invalid choice: 'imagenet' .*digits.*folder"),
         (["--learning-rate", "1"], "unknown argument --learning-rate"),
         (["--batchsize", "1"], "unknown argument --batchsize; did you mean --batch-size"),
@@ -362,6 +362,52 @@ def test_resume_of_another_model(command_line, flags, tmp_path):
     ):
         assert re.search(message, command_line.one_line("--resume", tmp_path / "run", *arguments))
         assert re.search(message, command_line.one_line("--eval", tmp_path / "run", *arguments))
+
+
+NET = """
+from torch import nn
+
+def net(num_classes):
+    open("imported", "a").write("x")
+    body = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.GroupNorm(2, 8), nn.GELU()
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+"""
+
+
+@pytest.fixture
+def net(own_models, tmp_path, monkeypatch):
+    """The name of a network of one's own, and the file that it leaves wherever it is called."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(NET)
+    return "nets.py:net", tmp_path / "imported"
+
+
+def test_a_network_of_ones_own(command_line, flags, net, tmp_path):
+    name, imported = net
+    run = tmp_path / "run"
+    assert command_line(*flags, "--model", name, "--image-size-schedule", "16:0.5", "--init", "dirac") == 0
+    line = "model nets.py:net: 0.00 M parameters, 0.000 GMAC forward; the limit leaves out GELU, GroupNorm"
+    assert line in command_line.out
+    assert json.loads((run / "config.json").read_text())["asked"]["model"] == name
+    models.MODELS.pop(name)
+    imported.unlink()
+    for action in ("--resume", "--eval"):
+        message = (
+            "--model nets.py:net: a function is imported only where it is given as a flag or argument; add --model"
+        )
+        assert message in command_line.one_line(action, run)
+        assert not imported.exists()
+    assert command_line("--resume", run, "--epochs", 3, "--model", f"{tmp_path}/{name}") == 0
+    assert command_line("--eval", run, "--model", name) == 0
+    assert f"is a run with {tmp_path}/nets.py:net; leave" in command_line.one_line("--eval", run, "--model", "resnet18")
+    assert "--zero-gamma: nets.py:net has no residual blocks" in command_line.one_line(
+        *flags[:-1], tmp_path / "other", "--model", name, "--zero-gamma"
+    )
+
+
+def test_the_folder_of_a_network_of_ones_own(command_line, flags, net, tmp_path):
+    assert command_line(*flags[:-2], "--model", f"{tmp_path}/nets.py:net", "--no-fused") == 0
+    assert [path.name[:12] for path in (tmp_path / "runs").iterdir()] == ["net-folder-2"]
 
 
 def test_the_spelling_of_an_augmentation_does_not_matter(command_line, flags, tmp_path):

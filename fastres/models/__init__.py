@@ -1,11 +1,15 @@
-"""Models by name: ResNets with the CIFAR stem and VGGs, both for 32x32 images."""
+"""Models by name: ResNets with the CIFAR stem, Wide ResNets and VGGs, all for 32x32 images."""
 
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import nn
 
 from fastres.errors import UserError
+from fastres.models import resnet
+from fastres.models.own import import_model
+from fastres.models.preact import PreActResNet
 from fastres.models.resnet import BasicBlock, Bottleneck, ResNet
 from fastres.models.vgg import VGG, head_4096
 from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d, SyncBatchNormReLU2d
@@ -15,6 +19,12 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
     "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
     "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
+    # He et al. 2015, section 4.2, with shortcuts of option A, as there, and B
+    **{f"resnet{6 * n + 2}": partial(ResNet, BasicBlock, (n, n, n), width=16, option="A") for n in (3, 5, 7, 9, 18)},
+    **{f"resnet{6 * n + 2}_b": partial(ResNet, BasicBlock, (n, n, n), width=16) for n in (3, 5, 7, 9, 18)},
+    "preact_resnet18": partial(PreActResNet, (2, 2, 2, 2), 64, 64),
+    "wide_resnet16_8": partial(PreActResNet, (2, 2, 2), 16, 8 * 16),
+    "wide_resnet28_10": partial(PreActResNet, (4, 4, 4), 16, 10 * 16),
     "vgg11": partial(VGG, 11),
     "vgg13": partial(VGG, 13),
     "vgg16": partial(VGG, 16),
@@ -43,7 +53,7 @@ def create_model(
     The state dict has the same keys and shapes for every choice of ``fused`` and ``sync_bn``.
 
     Args:
-        name: one of ``list_models()``.
+        name: one of ``list_models()``, or what ``register_model`` took.
         zero_gamma: ResNets only: the last BatchNorm of each residual block starts with weight 0, so that the block
             starts as the identity (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
         fused: BatchNorm, residual add and ReLU in one operator; otherwise in PyTorch's own.
@@ -51,15 +61,53 @@ def create_model(
         init: initial weights: ``default`` as torchvision draws them, ``dirac`` and ``study-b`` as ``init_dirac`` and
             ``init_as_study_b`` do.
     """
+    check_name(name)
     if name not in MODELS:
-        raise UserError(f"--model {name}: unknown; choose from {', '.join(MODELS)}")
-    norm_layer = SyncBatchNormReLU2d if sync_bn else BatchNormReLU2d if fused else EagerBatchNormReLU2d
-    if zero_gamma and not name.startswith("resnet"):
-        raise UserError(f"--zero-gamma: {name} has no residual blocks; remove it or choose a resnet")
-    options = {"zero_gamma": True} if zero_gamma else {}
-    model = MODELS[name](num_classes, norm_layer=norm_layer, **options)
+        raise UserError(
+            f"--model {name}: a function is imported only where it is given as a flag or argument; add --model {name}"
+        )
+    eager = None if ":" in name else EagerBatchNormReLU2d
+    norm_layer = SyncBatchNormReLU2d if sync_bn else BatchNormReLU2d if fused else eager
+    model = MODELS[name](num_classes, norm_layer=norm_layer)
     INITS[init](model)
+    if zero_gamma and not resnet.zero_gamma(model):
+        raise UserError(
+            f"--zero-gamma: {name} has no residual blocks that end with a norm; remove it or choose a resnet"
+        )
     return model
+
+
+def create_on_meta(name: str, num_classes: int, fused: bool = True) -> nn.Module:
+    """A model without memory for its weights, to count with; draws no random numbers."""
+    if ":" not in name:
+        with torch.device("meta"):
+            return create_model(name, num_classes, fused=fused)
+    with torch.random.fork_rng(devices=()):
+        return create_model(name, num_classes, fused=fused).to("meta")
+
+
+def check_name(name: str) -> None:
+    """Refuses what is neither a model's name nor ``package.module:function`` or ``file.py:function``."""
+    if name not in MODELS and not name.partition(":")[2]:
+        raise UserError(
+            f"--model: invalid choice {name!r}; choose from {', '.join(MODELS)}, or name a function of your own as "
+            "file.py:function"
+        )
+
+
+def function_name(name: str) -> str:
+    """The model's name without the file or module of a function."""
+    return name.rpartition(":")[2]
+
+
+def register_model(name: str) -> None:
+    """Imports ``name`` for ``create_model``, if it is ``package.module:function`` or ``file.py:function``.
+
+    Only for a name that the user gave as a flag or an argument.
+    """
+    check_name(name)
+    if ":" in name:
+        MODELS[name] = import_model(name)
 
 
 def init_dirac(model: nn.Module) -> None:

@@ -1,11 +1,14 @@
 """ResNets (He et al. 2015, arXiv:1512.03385) with the CIFAR stem: 3x3 convolution of stride 1, no max-pool.
 
-Modules have torchvision's names; of its state dicts only the shapes of ``conv1.weight`` and ``fc`` differ.
+Modules have torchvision's names; of its state dicts only the shapes of ``conv1.weight`` and ``fc`` differ. Those of
+section 4.2, for CIFAR-10, have three stages of 16, 32 and 64 channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastres.nn import PointwiseConv2d, has_hooks
@@ -19,13 +22,13 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: NormLayer) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: NormLayer, option: str = "B") -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = norm_layer(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = norm_layer(channels)
-        self.downsample = projection(in_channels, channels, stride, norm_layer)
+        self.downsample = shortcut_of(option, in_channels, channels, stride, norm_layer)
 
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> Output:
         out = self.bn1(self.conv1(x))
@@ -38,7 +41,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: NormLayer) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: NormLayer, option: str = "B") -> None:
         super().__init__()
         out_channels = channels * self.expansion
         self.conv1 = PointwiseConv2d(in_channels, channels, bias=False)
@@ -47,7 +50,7 @@ class Bottleneck(nn.Module):
         self.bn2 = norm_layer(channels)
         self.conv3 = PointwiseConv2d(channels, out_channels, bias=False)
         self.bn3 = norm_layer(out_channels)
-        self.downsample = projection(in_channels, out_channels, stride, norm_layer)
+        self.downsample = shortcut_of(option, in_channels, out_channels, stride, norm_layer)
 
     def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> Output:
         out = self.bn1(self.conv1(x))
@@ -56,10 +59,24 @@ class Bottleneck(nn.Module):
         return self.bn3(self.conv3(out), residual=residual, twin=shortcut is not None)
 
 
-def projection(in_channels: int, out_channels: int, stride: int, norm_layer: NormLayer) -> nn.Module:
-    """The shortcut: a 1x1 convolution and BatchNorm where the shapes differ, otherwise the identity."""
+class PaddedShortcut(nn.Module):
+    """Every ``stride``-th pixel, and zeros for the channels that are missing: a shortcut without parameters."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.missing, self.stride = out_channels - in_channels, stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.missing))
+
+
+def shortcut_of(option: str, in_channels: int, out_channels: int, stride: int, norm_layer: NormLayer) -> nn.Module:
+    """The identity where the shapes agree; otherwise, of the options in section 3.3, A: without parameters; B: a 1x1
+    convolution and BatchNorm."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
+    if option == "A":
+        return PaddedShortcut(in_channels, out_channels, stride)
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm_layer(out_channels, relu=False)
     )
@@ -81,41 +98,50 @@ class Stage(nn.Sequential):
 
 
 class ResNet(nn.Module):
-    """Four stages of ``layers`` blocks at 64, 128, 256 and 512 channels; stride 2 at the start of stages 2 to 4."""
+    """Stages of ``layers`` blocks: the first of ``width`` channels, each further one of twice as many and stride 2.
+
+    ``option``: of the shortcuts where shapes differ.
+    """
 
     def __init__(
         self,
         block: type[BasicBlock] | type[Bottleneck],
-        layers: tuple[int, int, int, int],
+        layers: Sequence[int],
         num_classes: int,
         norm_layer: NormLayer,
-        zero_gamma: bool = False,
+        width: int = 64,
+        option: str = "B",
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        self.bn1 = norm_layer(64)
-        wide = block.expansion
-
-        def stage(in_channels: int, channels: int, num_blocks: int, stride: int) -> Stage:
-            rest = (block(channels * wide, channels, 1, norm_layer) for _ in range(num_blocks - 1))
-            return Stage(block(in_channels, channels, stride, norm_layer), *rest)
-
-        self.layer1 = stage(64, 64, layers[0], stride=1)
-        self.layer2 = stage(64 * wide, 128, layers[1], stride=2)
-        self.layer3 = stage(128 * wide, 256, layers[2], stride=2)
-        self.layer4 = stage(256 * wide, 512, layers[3], stride=2)
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = norm_layer(width)
+        in_channels = width
+        self.stages = len(layers)
+        for number, blocks in enumerate(layers):
+            channels, stage = width << number, Stage()
+            for block_number in range(blocks):
+                stride = 2 if number and not block_number else 1
+                stage.append(block(in_channels, channels, stride, norm_layer, option))
+                in_channels = channels * block.expansion
+            self.add_module(f"layer{number + 1}", stage)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(512 * wide, num_classes)
+        self.fc = nn.Linear(in_channels, num_classes)
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif zero_gamma and isinstance(module, BasicBlock):
-                nn.init.zeros_(module.bn2.weight)
-            elif zero_gamma and isinstance(module, Bottleneck):
-                nn.init.zeros_(module.bn3.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.bn1(self.conv1(x))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for number in range(self.stages):
+            x = self.get_submodule(f"layer{number + 1}")(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def zero_gamma(model: nn.Module) -> bool:
+    """Sets the weight of the last norm of each residual block to 0; whether there is such a block."""
+    norms: list[Any] = [module.bn2 for module in model.modules() if isinstance(module, BasicBlock)]
+    norms += [module.bn3 for module in model.modules() if isinstance(module, Bottleneck)]
+    for norm in norms:
+        nn.init.zeros_(norm.weight)
+    return bool(norms)

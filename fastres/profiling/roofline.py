@@ -20,7 +20,9 @@ COPY_BYTES = 2**28  # far more than a cache holds
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 CALLS = {"cpu": 1, "cuda": 10}  # between two synchronisations, which take 5% of the time of a copy on an H100
 MEASURE_SECONDS = 1.0
-POOLING = nn.MaxPool2d, nn.AdaptiveAvgPool2d
+POOLING = nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d
+COUNTED = nn.Conv2d, nn.Linear, nn.BatchNorm2d, *POOLING
+FREE = nn.Identity, nn.Flatten, nn.Dropout, nn.ReLU  # part of what comes before
 
 
 class Kernel(NamedTuple):
@@ -75,13 +77,18 @@ def step_kernels(model: nn.Module, batch_size: int, dtype: torch.dtype, size: in
         traffic = (x.numel() + module.weight.numel() + output.numel()) * dtype.itemsize
         kernels.extend([Kernel(flops, traffic)] * products)
 
-    kinds = nn.Conv2d, nn.Linear, nn.BatchNorm2d, *POOLING
-    modules = [module for module in model.train().modules() if isinstance(module, kinds)]
+    modules = [module for module in model.train().modules() if isinstance(module, COUNTED)]
     handles = [module.register_forward_hook(count, with_kwargs=True) for module in modules]
     model(torch.empty(batch_size, 3, size, size, device="meta"))
     for handle in handles:
         handle.remove()
     return kernels
+
+
+def unknown_layers(model: nn.Module) -> list[str]:
+    """The types of layers in ``model`` that ``step_kernels`` does not count."""
+    leaves = [module for module in model.modules() if not any(module.children())]
+    return sorted({type(module).__name__ for module in leaves if not isinstance(module, (*COUNTED, *FREE))})
 
 
 def limit_seconds(kernels: Iterable[Kernel], machine: Machine) -> float:

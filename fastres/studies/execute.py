@@ -114,7 +114,7 @@ class Executor:
         command, flags = [*COMMAND], run.flags
         if (run.folder / "last.pt").exists():
             command += ["--resume", str(run.folder)]
-            flags = {name: value for name, value in flags.items() if name in RESUMABLE}
+            flags = {name: value for name, value in flags.items() if name in RESUMABLE | {"model"}}
         environment = {**os.environ, **place.environment, STOP_WITH_STDIN: "1", "PYTHONIOENCODING": "utf-8"}
         pipe = subprocess.PIPE
         with self.lock:
@@ -138,7 +138,10 @@ def explain_exit(run: PlannedRun, code: int, said: str) -> None:
 
 
 def reusable(folder: Path) -> Callable[[PlannedRun], Path | None]:
-    """A function that finds a planned run's finished twin in or below ``folder``: of equal settings and this commit."""
+    """A function that finds a planned run's finished twin in or below ``folder``: of equal settings and this commit.
+
+    It finds none for a model that is a function of the user's, which may have changed.
+    """
     ours = commit()
     if ours is None or ours.endswith("-dirty"):
         raise UserError("--reuse: the commit of fastres is not known, or files have changed; commit them, or remove it")
@@ -152,7 +155,7 @@ def reusable(folder: Path) -> Callable[[PlannedRun], Path | None]:
                 known[_key(saved.config)] = path.parent
         except UserError:
             continue  # another file of that name, or of another version
-    return lambda run: known.get(_key(run.config))
+    return lambda run: None if ":" in run.config.model else known.get(_key(run.config))
 
 
 def _key(config: Any) -> str:

@@ -6,15 +6,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastres.config import TrainConfig, over_recipe
 from fastres.data.datasets import MINI_CIFAR10_CLASSES, load_dataset
 from fastres.data.sizes import mean_area
 from fastres.data.splits import Dataset
 from fastres.errors import UserError, named
 from fastres.fields import check_fields, flag
-from fastres.models import create_model
+from fastres.models import create_on_meta, function_name
 from fastres.profiling.measure import EAGER
 from fastres.profiling.roofline import forward_macs
 from fastres.studies import RunDefinition, Study
@@ -152,15 +150,14 @@ class Planner:
     def eager(self, run: PlannedRun) -> PlannedRun:
         """A few epochs of ``run`` in eager PyTorch."""
         model, epochs = run.config.model, min(EAGER_EPOCHS, run.config.epochs)
-        flags = run.flags | EAGER_RUN | {"epochs": epochs, "output_dir": self.folder / f"eager-{model}"}
+        flags = run.flags | EAGER_RUN | {"epochs": epochs, "output_dir": self.folder / f"eager-{function_name(model)}"}
         for name in ("compile_mode", "milestones"):  # mean nothing there, and fastres.train would refuse them
             flags.pop(name, None)
         return self._planned(f"{model}, eager", flags)
 
     def _planned(self, name: str, flags: dict[str, Any]) -> PlannedRun:
         config, dataset = self._resolve(flags)
-        with torch.device("meta"):
-            model = create_model(config.model, len(dataset.classes), config.zero_gamma, fused=False)
+        model = create_on_meta(config.model, len(dataset.classes), fused=False)
         return PlannedRun(name, flags, config, dataset, 2 * forward_macs(model) / 1e9)
 
     def _resolve(self, flags: dict[str, Any]) -> tuple[TrainConfig, Dataset]:

@@ -6,10 +6,19 @@ from contextlib import suppress
 import torch
 
 from fastres.config import TrainConfig
+from fastres.data.sizes import image_sizes
 from fastres.data.splits import IMAGE_SIZE
 from fastres.errors import RunError
-from fastres.models import create_model
-from fastres.profiling.roofline import Machine, forward_macs, limit_seconds, measure_machine, step_kernels
+from fastres.models import create_on_meta
+from fastres.models.own import explained
+from fastres.profiling.roofline import (
+    Machine,
+    forward_macs,
+    limit_seconds,
+    measure_machine,
+    step_kernels,
+    unknown_layers,
+)
 from fastres.training import distributed
 from fastres.training.trainer import AMP_DTYPES, explain_out_of_memory
 
@@ -21,9 +30,19 @@ def flop_an_image(config: TrainConfig, num_classes: int, size: int = IMAGE_SIZE)
     """Floating-point operations of training on an image of ``size`` pixels a side: three times those of a forward pass
     (forward, gradient of the input, gradient of the weight), of convolutions and linear layers; a multiply-add is
     two."""
-    with torch.device("meta"):
-        model = create_model(config.model, num_classes, config.zero_gamma, fused=False)
-    return 3 * 2 * forward_macs(model, size)
+    return 3 * 2 * forward_macs(create_on_meta(config.model, num_classes, fused=False), size)
+
+
+def describe_model(config: TrainConfig, num_classes: int) -> str:
+    """A line on a model that is not fastres' own: its size, and the layers that the limit leaves out."""
+    model = create_on_meta(config.model, num_classes, bool(config.fused))
+    with explained(config.model, "cannot be counted on the meta device"):
+        macs = [forward_macs(model, size) for size, _ in image_sizes(config.image_size_schedule)]
+        step_kernels(model, config.batch_size, AMP_DTYPES[config.amp])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    unknown = unknown_layers(model)
+    left_out = f"; the limit leaves out {', '.join(unknown)}" if unknown else ""
+    return f"model {config.model}: {parameters / 1e6:.2f} M parameters, {max(macs) / 1e9:.3f} GMAC forward{left_out}"
 
 
 def measure_rates(config: TrainConfig, device: torch.device, flop: float) -> Machine | None:
@@ -49,8 +68,7 @@ def share_of_limit(
         sum(machine.flops_per_second for machine in rates) / len(rates),
         sum(machine.bytes_per_second for machine in rates) / len(rates),
     )
-    with torch.device("meta"):
-        model = create_model(config.model, num_classes, config.zero_gamma)
+    model = create_on_meta(config.model, num_classes)
     kernels = {size: step_kernels(model, config.batch_size, AMP_DTYPES[config.amp], size) for size in steps}
     return sum(count * limit_seconds(kernels[size], mean) for size, count in steps.items()) / seconds
 

@@ -21,7 +21,7 @@ from fastres.data.splits import Dataset, Split
 from fastres.errors import Interrupted, RunError, UserError
 from fastres.fields import as_json
 from fastres.files import claimed, new_folder, write_atomically, write_json
-from fastres.models import create_model
+from fastres.models import create_model, function_name
 from fastres.profiling.roofline import Machine
 from fastres.training import distributed
 from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights
@@ -208,7 +208,7 @@ class Run:
         """The run's folder, locked until ``stack`` is closed."""
         folder = self.config.output_dir
         if folder is None:
-            name = f"{self.config.model}-{self.dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
+            name = f"{function_name(self.config.model)}-{self.dataset.name}-{datetime.now():%Y%m%d-%H%M%S}"
             folder = new_folder(Path("runs") / name)
         stack.enter_context(claimed(folder, () if self.resumed else WRITES))
         if not self.resumed and (folder / "last.pt").exists():

@@ -11,9 +11,11 @@ from fastres.data.splits import Dataset
 from fastres.errors import UserError, named
 from fastres.fields import as_flag, read_table
 from fastres.files import read_json
+from fastres.models import register_model
 from fastres.training import distributed
 from fastres.training.checkpoint import read_checkpoint
 from fastres.training.clock import Clock
+from fastres.training.cost import describe_model
 from fastres.training.hardware import resolve, tune_libraries
 from fastres.training.run import Run
 
@@ -90,6 +92,10 @@ def open_run(
     clock: of the run; starts now unless it is given.
     """
     clock = clock or Clock()
+    if "model" in flags:
+        distributed.on_rank_0(register_model, flags["model"])  # one message if it fails
+        if distributed.rank() > 0:
+            register_model(flags["model"])
     with clock.phase("data"):  # which takes nearly all of the time
         run = distributed.on_rank_0(_choose, flags, resume, finished, say)
     tune_libraries(run[0].device)
@@ -123,6 +129,8 @@ def _choose(
     asked, dataset = choose_dataset(settings, say, load_dataset)
     config, line = resolve(asked, dataset)
     say(line)
+    if ":" in config.model:
+        say(describe_model(config, len(dataset.classes)))
     if saved:
         if dataset.classes != saved.class_names:
             raise UserError(
@@ -153,6 +161,7 @@ def settings_of_run(folder: Path, config: TrainConfig, flags: dict[str, Any], ma
     after = replace(before, **flags)
     for name in flags:
         asked, saved = getattr(after, name), getattr(before, name)
-        if name not in may_differ and asked != saved:
+        moved = name == "model" and ":" in asked and ":" in saved  # the function's file
+        if name not in may_differ and asked != saved and not moved:
             raise UserError(f"{as_flag(name, asked)}: {folder} is a run with {saved}; leave the flag off")
     return vars(after)

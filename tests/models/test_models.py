@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -18,10 +19,87 @@ def parameters(model):
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("resnet18", 11.173962), ("resnet50", 23.520842), ("vgg19_bn_4096", 38.958922)],
-)
+    [
+        ("resnet18", 11.173962), ("resnet50", 23.520842), ("vgg19_bn_4096", 38.958922),
+        ("preact_resnet18", 11.172170), ("wide_resnet16_8", 10.961370), ("wide_resnet28_10", 36.479194),
+    ],
+)  # fmt: skip
 def test_parameter_counts_are_the_published_ones(name, millions):
     assert parameters(create_model(name, 10)) == round(millions * 1e6)
+
+
+@pytest.mark.parametrize(
+    ("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)]
+)  # He et al. 2015, table 6
+def test_parameters_of_the_resnets_for_cifar(depth, millions):
+    plain, projecting = (parameters(create_model(name, 10)) for name in (f"resnet{depth}", f"resnet{depth}_b"))
+    assert plain / 1e6 == pytest.approx(millions, abs=0.05 if depth == 110 else 0.005)
+    assert projecting - plain == 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
+
+
+def conv(state, name, x, stride=1):
+    weight = state[f"{name}.weight"]
+    return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+
+def norm(state, name, x, training):
+    statistics = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+    return F.batch_norm(x, *statistics, state[f"{name}.weight"], state[f"{name}.bias"], training)
+
+
+def head(state, x):
+    return F.linear(x.mean((2, 3)), state["fc.weight"], state["fc.bias"])
+
+
+def cifar_resnet(state, x, layers, training):
+    """He et al. 2015, section 4.2, with option A or B."""
+    x = F.relu(norm(state, "bn1", conv(state, "conv1", x), training))
+    for stage, blocks in enumerate(layers):
+        for block in range(blocks):
+            name, stride = f"layer{stage + 1}.{block}", 2 if stage and not block else 1
+            y = F.relu(norm(state, f"{name}.bn1", conv(state, f"{name}.conv1", x, stride), training))
+            y = norm(state, f"{name}.bn2", conv(state, f"{name}.conv2", y), training)
+            if f"{name}.downsample.0.weight" in state:
+                x = norm(state, f"{name}.downsample.1", conv(state, f"{name}.downsample.0", x, stride), training)
+            elif stride == 2:
+                x = F.avg_pool2d(x, 1, stride)
+                x = torch.cat([x, torch.zeros_like(x)], 1)
+            x = F.relu(x + y)
+    return head(state, x)
+
+
+def preact_resnet(state, x, layers, training):
+    """He et al. 2016, figure 4e, and Zagoruyko & Komodakis 2016, table 1."""
+    x = conv(state, "conv1", x)
+    halving = [sum(layers[:stage]) for stage in range(1, len(layers))]
+    for number in range(sum(layers)):
+        name, stride = f"blocks.{number}", 2 if number in halving else 1
+        y = F.relu(norm(state, f"{name}.bn1", x, training))
+        if f"{name}.downsample.weight" in state:
+            x = conv(state, f"{name}.downsample", y, stride)
+        y = F.relu(norm(state, f"{name}.bn2", conv(state, f"{name}.conv1", y, stride), training))
+        x = x + conv(state, f"{name}.conv2", y)
+    return head(state, F.relu(norm(state, "bn", x, training)))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("name", "reference", "layers"),
+    [
+        ("resnet20", cifar_resnet, (3, 3, 3)),
+        ("resnet32_b", cifar_resnet, (5, 5, 5)),
+        ("preact_resnet18", preact_resnet, (2, 2, 2, 2)),
+        ("wide_resnet16_8", preact_resnet, (2, 2, 2)),
+    ],
+)
+def test_networks_are_those_of_their_papers(name, reference, layers, fused):
+    model = with_other_statistics(create_model(name, 7, fused=fused)).double()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for training in (False, True):
+        expected = reference(
+            {key: value.clone() for key, value in model.state_dict().items()}, images, layers, training
+        )
+        torch.testing.assert_close(model.train(training)(images), expected)
 
 
 def torchvision_resnet(name):
@@ -157,7 +235,7 @@ def test_every_model_gives_logits():
 
 
 def test_what_cannot_be_made():
-    with pytest.raises(UserError, match="--model resnet17: unknown; choose from resnet18, resnet34"):
+    with pytest.raises(UserError, match="--model: invalid choice 'resnet17'; choose from resnet18, resnet34"):
         create_model("resnet17", 10)
     with pytest.raises(UserError, match="--zero-gamma: vgg16 has no residual blocks"):
         create_model("vgg16", 10, zero_gamma=True)

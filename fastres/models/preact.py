@@ -1,0 +1,57 @@
+"""Residual networks with norm and ReLU before each convolution (He et al. 2016, arXiv:1603.05027).
+
+Wide ResNets (Zagoruyko & Komodakis 2016, arXiv:1605.07146) are such networks of three wide stages.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+NormLayer = Callable[..., nn.BatchNorm2d]
+
+
+class PreActBlock(nn.Module):
+    """Norm, ReLU and 3x3 convolution, twice, and the shortcut: where shapes differ, a 1x1 convolution of the first
+    ReLU's output."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: NormLayer) -> None:
+        super().__init__()
+        self.bn1 = norm_layer(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = norm_layer(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.downsample = None
+        if stride > 1 or in_channels != channels:
+            self.downsample = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.bn1(x)
+        residual = x if self.downsample is None else self.downsample(out)
+        return self.conv2(self.bn2(self.conv1(out))) + residual
+
+
+class PreActResNet(nn.Module):
+    """A 3x3 convolution to ``stem`` channels, then stages of ``layers`` blocks: the first with ``width`` channels, each
+    further one with twice as many and half the size."""
+
+    def __init__(self, layers: Sequence[int], stem: int, width: int, num_classes: int, norm_layer: NormLayer) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
+        blocks: list[nn.Module] = []
+        channels = stem
+        for stage, count in enumerate(layers):
+            for block in range(count):
+                stride = 2 if stage and not block else 1
+                blocks.append(PreActBlock(channels, width << stage, stride, norm_layer))
+                channels = width << stage
+        self.blocks = nn.Sequential(*blocks)
+        self.bn = norm_layer(channels)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.flatten(self.avgpool(self.bn(self.blocks(self.conv1(x)))), 1))
