@@ -124,14 +124,16 @@ def test_a_run_and_its_continuation(log, arrays, tmp_path, tiny_vgg11, command_l
     assert command_line("--resume", folder, "--epochs", 3) == 0
 
 
-def test_the_fast_recipe(log, tmp_path, monkeypatch, command_line):
+def test_the_fast_recipe_and_mixup(log, tmp_path, monkeypatch, command_line):
     monkeypatch.setitem(MODELS, "resnet18", tiny_model)
     flags = ("--recipe", "fast", "--model", "resnet18", "--dataset", "digits", "--device", "cuda", "--amp", "bf16")
     graphs = tmp_path / "graphs"
-    assert command_line(*flags, "--epochs", 1, "--output-dir", graphs) == 0
+    flags = (*flags, "--epochs", 1, "--augmentation", "reflectcrop-altflip-mixup")
+    assert command_line(*flags, "--output-dir", graphs) == 0
     assert log.count("capture") == 3  # one for each size
     assert log.count("replay") == 1437 // 32
-    assert command_line(*flags, "--epochs", 1, "--no-cuda-graphs", "--output-dir", tmp_path / "plain") == 0
+    assert "images are mixed: training accuracy is that of each one's larger part" in command_line.out
+    assert command_line(*flags, "--no-cuda-graphs", "--output-dir", tmp_path / "plain") == 0
     losses = [
         json.loads((folder / "summary.json").read_text())["first_losses"] for folder in (graphs, tmp_path / "plain")
     ]

@@ -1,22 +1,24 @@
 """Datasets, the epoch plan, and the two loaders that apply it."""
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from fastres.data.mixing import Batch, mixed
 from fastres.data.plan import EpochPlan
 from fastres.data.splits import CIFAR10_MEAN, CIFAR10_STD, IMAGE_SIZE, Split
 from fastres.errors import UserError, first_line
 
-Batch = tuple[torch.Tensor, torch.Tensor]
 DECODE = ("auto", "once", "every-epoch")  # when image files are decoded
 
 
 class Loader(Protocol):
-    """Gives the batches of an epoch: float32 images ``[B, 3, 32, 32]``, or of the plan's size, int64 labels ``[B]``.
+    """Gives the batches of an epoch: float32 images ``[B, 3, 32, 32]``, or of the plan's size, int64 labels ``[B]``; or
+    where images are mixed, the classes' shares, float32 ``[B, C]``.
 
     ``starts_anew``: every epoch starts the workers again, so its first batch takes longer.
     """
@@ -32,8 +34,8 @@ class PlanLoader:
     """Base of DaliLoader and EagerLoader, which take the same arguments and apply the same plan.
 
     Batches are float32 images ``[B, 3, 32, 32]``, or of the plan's size, normalised with ``mean`` and ``std``, and
-    int64 labels ``[B]``. In a training loop of your own, with ``images``, uint8 ``[N, 32, 32, 3]``, and ``labels``,
-    integers ``[N]``::
+    int64 labels ``[B]``; where the plan mixes images, the classes' shares, float32 ``[B, num_classes]``. In a training
+    loop of your own, with ``images``, uint8 ``[N, 32, 32, 3]``, and ``labels``, integers ``[N]``::
 
         loader = DaliLoader((images, labels), lambda epoch: training_plan(0, epoch, len(images), "crop-flip"))
         for epoch in range(30):
@@ -50,6 +52,7 @@ class PlanLoader:
         workers: threads (DaliLoader) or processes (EagerLoader) that prepare batches.
         decode: image files are decoded ``once``, at construction, and kept as 3 KiB of pixels each, or in
             ``every-epoch``; ``auto``: once by DaliLoader, in every epoch by EagerLoader.
+        num_classes: for a plan that mixes images; by default the largest label plus one.
     """
 
     default_decode: str
@@ -65,9 +68,11 @@ class PlanLoader:
         device: torch.device | str = "cpu",
         workers: int = 2,
         decode: str = "auto",
+        num_classes: int | None = None,
     ) -> None:
         self.split = data if isinstance(data, Split) else _split(*map(np.asarray, data))
-        self.plan_of_epoch, self.batch_size = plan_of_epoch, batch_size
+        self.plan_of_epoch, self.batch_size = lru_cache(maxsize=2)(plan_of_epoch), batch_size  # this one and the next
+        self.num_classes = num_classes or int(self.split.labels.max(initial=0)) + 1
         self.mean, self.std = mean, std
         self.device, self.workers = torch.device(device), workers
         self.num_batches = -(-len(plan_of_epoch(0)) // batch_size)
@@ -78,6 +83,21 @@ class PlanLoader:
 
     def _set_up(self) -> None:
         """The rest of the construction."""
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of epoch ``epoch`` from ``first_batch`` on, both counted from 0."""
+        batches = self._batches(epoch, first_batch)
+        plan = self.plan_of_epoch(epoch)
+        if not plan.mixes:
+            yield from batches
+            return
+        for number, (images, labels) in enumerate(batches, first_batch):
+            rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
+            yield mixed(images, labels, plan, rows, self.num_classes)
+
+    def _batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
+        """The batches before images are mixed."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         """Batches in an epoch."""

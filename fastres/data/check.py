@@ -32,6 +32,8 @@ def check_loader(
         tolerance: largest difference of a normalised value. A level of 255 is about 0.016; decoders of JPEG files
             differ by up to three, so take 0.05 for another one than Pillow's.
     """
+    if plan.mixes:
+        raise UserError("plan: check_loader compares images before they are mixed; leave mixup and cutmix out of it")
     split = EagerLoader(data, lambda epoch: plan, mean=mean, std=std).split
     if len(plan) and max(plan.order) >= len(split):
         raise UserError(f"plan: it names image {max(plan.order)}, and the data has {len(split)}")

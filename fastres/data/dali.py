@@ -4,7 +4,6 @@ import io
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,11 +46,8 @@ class DaliLoader(PlanLoader):
         self.upcoming = 0, 0  # epoch and batch that the pipeline gives next
         self.in_flight: deque[tuple[torch.cuda.Event, Batch]] = deque()  # what the GPU may still read
 
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """The batches of epoch ``epoch`` from ``first_batch`` on, both counted from 0.
-
-        The pipeline is built again where they don't follow the batches before.
-        """
+    def _batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
+        """The pipeline is built again where these batches don't follow those before."""
         if self.pipeline is None or (epoch, first_batch) != self.upcoming:
             self.pipeline = self._build(epoch, first_batch)
         for batch in range(first_batch, self.num_batches):
@@ -82,7 +78,7 @@ class DaliLoader(PlanLoader):
     def _build(self, epoch: int, first_batch: int) -> Pipeline:
         """A pipeline whose first batch is ``first_batch`` of ``epoch``."""
         encoded, on_gpu = isinstance(self.images, list), isinstance(self.images, torch.Tensor)
-        plan_of_epoch = lru_cache(maxsize=1)(self.plan_of_epoch)
+        plan_of_epoch = self.plan_of_epoch
         augmentations = {  # dtype, ndim and layout of a sample
             "crop": (types.INT32, 1, None),
             "reflectcrop": (types.INT32, 1, None),

@@ -42,8 +42,7 @@ class EagerLoader(PlanLoader):
             images = [np.asarray(_image(self.split, i)) for i in range(len(self.split))]
             self.split = Split(np.stack(images), self.split.labels)
 
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """The batches of epoch ``epoch`` from ``first_batch`` on, both counted from 0."""
+    def _batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
         images = _PlannedImages(self.split, self.plan_of_epoch(epoch), self.mean, self.std)
         batches = DataLoader(
             images,

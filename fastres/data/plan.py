@@ -9,6 +9,7 @@ slices of one plan.
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ ERASING_PROBABILITY = 0.5
 ERASING_AREA = 0.02, 0.33  # of the image's, uniform
 ERASING_ASPECT = 0.3, 3.3  # height over width, uniform in its logarithm
 ERASING_ATTEMPTS = 10  # to draw a rectangle that is smaller than the image
+CUTMIX_PROBABILITY = 0.5  # as the paper has it for CIFAR
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,12 @@ class EpochPlan:
     erasing: float32 ``[N, 4]``, top, left, height and width of the rectangle that is set to the mean after
         normalisation, drawn as torchvision's RandomErasing does (Zhong et al. 2017, arXiv:1708.04896); height and
         width are 0 where nothing is erased; None: no erasing.
+    mixup: float32 ``[N]``, the image's share of the mean with its partner's, uniform in [0, 1] (Zhang et al. 2017,
+        arXiv:1710.09412, with alpha 1); None: not mixed. Rows 2k and 2k + 1 of a batch are each other's partners; a
+        last one without a partner is its own.
+    cutmix: float32 ``[N, 4]``, top, left, height and width of the rectangle that shows the partner's pixels, with a
+        uniform share of the image before it is clipped at the border (Yun et al. 2019, arXiv:1905.04899, with alpha
+        1); height and width are 0 where nothing is; None: not mixed.
     """
 
     order: np.ndarray
@@ -52,6 +60,12 @@ class EpochPlan:
     size: np.ndarray | None = None
     cutout: np.ndarray | None = None
     erasing: np.ndarray | None = None
+    mixup: np.ndarray | None = None
+    cutmix: np.ndarray | None = None
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup is not None or self.cutmix is not None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -59,12 +73,15 @@ class EpochPlan:
     def shard(self, rank: int, processes: int, batch_size: int, drop_last: bool = False) -> "EpochPlan":
         """The plan of process ``rank`` of ``processes``: a contiguous part of every batch of ``batch_size`` images.
 
-        The parts of a batch differ by one image at most. ``drop_last`` leaves out a last batch that is smaller.
+        The parts of a batch differ by one image at most, or by one pair of images that are mixed. ``drop_last`` leaves
+        out a last batch that is smaller.
         """
+        unit = 2 if self.mixes else 1
         images = len(self) - len(self) % batch_size if drop_last else len(self)
         row = np.arange(images)
-        place = row % batch_size  # in its batch
-        least, larger = np.divmod(np.minimum(batch_size, images - row + place), processes)
+        place = row % batch_size // unit  # in its batch
+        units = -(-np.minimum(batch_size, images - row + row % batch_size) // unit)
+        least, larger = np.divmod(units, processes)
         first = rank * least + np.minimum(rank, larger)  # the first `larger` processes show one more than `least`
         rows = row[(first <= place) & (place < first + least + (rank < larger))]
         return replace(self, **{name: column[rows] for name, column in vars(self).items() if column is not None})
@@ -82,8 +99,12 @@ def draw_flip(rng: np.random.Generator, num_images: int) -> np.ndarray:
 
 def draw_cutout(rng: np.random.Generator, num_images: int) -> np.ndarray:
     """The plan's column ``cutout``."""
-    centre = rng.integers(0, IMAGE_SIZE, (num_images, 2))
-    corners = [np.clip(centre + offset, 0, IMAGE_SIZE) for offset in (-CUTOUT_SIZE // 2, CUTOUT_SIZE // 2)]
+    return clipped(rng.integers(0, IMAGE_SIZE, (num_images, 2)), CUTOUT_SIZE)
+
+
+def clipped(centre: np.ndarray, side: Any) -> np.ndarray:
+    """Squares ``[N, 4]`` of ``side`` pixels, even numbers, around ``centre``, clipped at the border."""
+    corners = [np.clip(centre + offset, 0, IMAGE_SIZE) for offset in (-side // 2, side // 2)]
     return np.hstack([corners[0], corners[1] - corners[0]]).astype(np.float32)
 
 
@@ -103,8 +124,21 @@ def draw_erasing(rng: np.random.Generator, num_images: int) -> np.ndarray:
     return boxes
 
 
+def draw_mixup(rng: np.random.Generator, num_images: int) -> np.ndarray:
+    """The plan's column ``mixup``."""
+    return rng.random(num_images, np.float32)
+
+
+def draw_cutmix(rng: np.random.Generator, num_images: int) -> np.ndarray:
+    """The plan's column ``cutmix``."""
+    side = 2 * (IMAGE_SIZE / 2 * np.sqrt(rng.random((num_images, 1)))).astype(int)
+    centre = rng.integers(0, IMAGE_SIZE, (num_images, 2))
+    return clipped(centre, side) * (rng.random((num_images, 1), np.float32) < CUTMIX_PROBABILITY)
+
+
 # The steps of augmentation in the order in which they are drawn and applied: crop and flip to the pixels, the others
-# after normalisation. Each draws the EpochPlan's column of its name, altflip draws flip; both loaders apply that.
+# after normalisation, mixup and cutmix to whole batches. Each draws the EpochPlan's column of its name, altflip draws
+# flip; both loaders apply that.
 STEPS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "crop": draw_crop,
     "reflectcrop": draw_crop,
@@ -112,10 +146,16 @@ STEPS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "altflip": draw_flip,
     "cutout": draw_cutout,
     "erasing": draw_erasing,
+    "mixup": draw_mixup,
+    "cutmix": draw_cutmix,
 }
+ALTERNATIVES = {"flip", "altflip"}, {"crop", "reflectcrop"}, {"mixup", "cutmix"}
+MIXING = {"mixup", "cutmix"}
 
 
-ALTERNATIVES = {"flip", "altflip"}, {"crop", "reflectcrop"}
+def mixes(augmentation: str) -> bool:
+    """Whether ``augmentation`` mixes images."""
+    return bool(MIXING & set(augmentation.split("-")))
 
 
 def canonical_augmentation(augmentation: str) -> str:
@@ -126,8 +166,8 @@ def canonical_augmentation(augmentation: str) -> str:
     if (len(steps) < len(names) and augmentation != "none") or together:
         raise UserError(
             f"--augmentation {reprlib.repr(augmentation)}: must be none, or steps joined by dashes, each at most once, "
-            f"for instance crop-flip; the steps are {', '.join(STEPS)}; not flip with altflip, nor crop with "
-            "reflectcrop"
+            f"for instance crop-flip; the steps are {', '.join(STEPS)}; not flip with altflip, crop with "
+            "reflectcrop, or mixup with cutmix"
         )
     return "-".join(steps) or "none"
 
@@ -154,8 +194,8 @@ def training_plan(seed: int, epoch: int, num_images: int, augmentation: str) -> 
 
 
 def resized(plan: EpochPlan, size: np.ndarray) -> EpochPlan:
-    """``plan`` with its column ``size``; what is erased is scaled with the images, to whole pixels."""
-    boxes = {name: getattr(plan, name) for name in ("cutout", "erasing") if getattr(plan, name) is not None}
+    """``plan`` with its column ``size``; rectangles are scaled with the images, to whole pixels."""
+    boxes = {name: getattr(plan, name) for name in ("cutout", "erasing", "cutmix") if getattr(plan, name) is not None}
     scale = (size / IMAGE_SIZE).astype(np.float32)[:, None]
     return replace(plan, size=size, **{name: np.rint(box * scale) for name, box in boxes.items()})
 

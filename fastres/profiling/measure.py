@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fastres.config import TrainConfig
 from fastres.data import Batch, Loader, create_loader
+from fastres.data.mixing import larger_part
 from fastres.data.plan import training_plan
 from fastres.data.splits import Dataset
 from fastres.models import create_model
@@ -70,7 +71,7 @@ class PlainTrainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             epoch.loss_sum += loss.item() * len(labels)
-            epoch.correct += (logits.argmax(1) == labels).sum().item()
+            epoch.correct += (logits.argmax(1) == larger_part(labels)).sum().item()
             epoch.images += len(labels)
             epoch.steps += 1
             asked = time.perf_counter()
@@ -187,6 +188,7 @@ def planned_loader(config: TrainConfig, dataset: Dataset, steps: int) -> Loader:
         device=torch.device(config.device),
         workers=config.workers,
         decode=config.decode,
+        num_classes=len(dataset.classes),
     )
 
 

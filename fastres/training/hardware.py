@@ -9,6 +9,7 @@ import torch
 from fastres.config import TrainConfig
 from fastres.data import choose_loader, pixels_on_gpu
 from fastres.data.datasets import DATASETS
+from fastres.data.plan import mixes
 from fastres.data.splits import Dataset
 from fastres.errors import UserError
 from fastres.ops.batch_norm_relu import extension_error
@@ -121,9 +122,14 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
     if config.batch_size > images:
         raise UserError(f"--batch-size {config.batch_size}: larger than the training set of {images} images")
     processes, last_batch = world_size(), images % config.batch_size
-    if config.batch_size % processes:
-        raise UserError(f"--batch-size {config.batch_size}: must be a multiple of the {processes} processes")
-    if 0 < last_batch < processes and not config.drop_last:
+    unit = 2 if mixes(config.augmentation) and processes > 1 else 1
+    if config.batch_size % (unit * processes):
+        pairs = ", each with pairs of images to mix" if unit == 2 else ""
+        raise UserError(
+            f"--batch-size {config.batch_size}: must be a multiple of {'twice ' * (unit == 2)}the {processes} "
+            f"processes{pairs}"
+        )
+    if 0 < -(-last_batch // unit) < processes and not config.drop_last:
         raise UserError(
             f"--batch-size {config.batch_size}: leaves {last_batch} of {images} images for the last batch of "
             f"{processes} processes; add --drop-last, or choose another"

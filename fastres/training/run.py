@@ -317,6 +317,7 @@ class Run:
             device=self.device,
             workers=self.config.workers,
             decode=self.config.decode,
+            num_classes=len(self.dataset.classes),
         )
 
     def _evaluation_loader(self, split: Split) -> Loader:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastres.config import DATASET_DEFAULTS, ENGINE, TrainConfig, check_effect, over_recipe
 from fastres.data.datasets import load_dataset
+from fastres.data.plan import mixes
 from fastres.data.splits import Dataset
 from fastres.errors import UserError, named
 from fastres.fields import as_flag, read_table
@@ -129,6 +130,8 @@ def _choose(
     asked, dataset = choose_dataset(settings, say, load_dataset)
     config, line = resolve(asked, dataset)
     say(line)
+    if mixes(config.augmentation):
+        say("images are mixed: training accuracy is that of each one's larger part")
     if ":" in config.model:
         say(describe_model(config, len(dataset.classes)))
     if saved:

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastres.config import TrainConfig
 from fastres.data import Loader
+from fastres.data.mixing import larger_part
+from fastres.data.plan import mixes
 from fastres.data.sizes import image_sizes
 from fastres.data.splits import IMAGE_SIZE
 from fastres.errors import RunError
@@ -120,7 +122,10 @@ class Trainer:
 
     def _warm_up(self, batch_size: int, size: int, training: bool) -> None:
         batch = distributed.largest_shard(batch_size)
-        images, labels = self._to_device(torch.randn(batch, 3, size, size), torch.zeros(batch, dtype=torch.int64))
+        labels = torch.zeros(batch, dtype=torch.int64)
+        if training and mixes(self.config.augmentation):
+            labels = torch.zeros(batch, self.num_classes)
+        images, labels = self._to_device(torch.randn(batch, 3, size, size), labels)
         self.model.train(training)
         if not training:
             with torch.no_grad(), self._autocast():
@@ -156,7 +161,7 @@ class Trainer:
                 self.losses.append(loss.clone())
             epoch.loss_sum += loss * len(labels)
             epoch.finite_steps += epoch.loss_sum.isfinite()
-            epoch.correct += (logits.argmax(1) == labels).sum()
+            epoch.correct += (logits.argmax(1) == larger_part(labels)).sum()
             epoch.images += len(labels)
             epoch.steps += 1
             epoch.seconds += time.perf_counter() - start

@@ -152,6 +152,47 @@ def test_batches_of_smaller_images(name, device, arrays):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", [(32,) * 4, (12, 24, 27, 32)])
+@pytest.mark.parametrize("step", ["mixup", "cutmix"])
+@pytest.mark.parametrize("name", LOADERS)
+def test_neighbours_in_a_batch_are_mixed(name, step, sizes, device, arrays):
+    labels = np.arange(59) % 5
+    split = Split(arrays.train.images[:59], labels)
+    plan = training_plan(5, 0, 59, f"crop-cutout-{step}")
+    if sizes[0] < 32:
+        plan = resized(plan, np.repeat(sizes, 15)[:59].astype(np.int32))
+    whole = reference(arrays, split, plan)
+    loader = make_loader(name, split, lambda epoch: plan, arrays, batch_size=15, device=device, num_classes=7)
+    mixed, shares = zip(*((images.cpu(), labels.cpu()) for images, labels in loader.epoch(0)), strict=True)
+    assert [list(part.shape) for part in shares] == [[15, 7]] * 3 + [[14, 7]]
+    shares = torch.cat(shares)
+    for i, image in enumerate(image for batch in mixed for image in batch):
+        start = i - i % 15
+        partner = start + ((i - start) ^ 1)
+        if partner - start >= min(15, 59 - start):
+            partner = i
+        expected = whole[i].copy()
+        if step == "mixup":
+            share = plan.mixup[i]
+            expected = share * expected + (1 - share) * whole[partner]
+        else:
+            top, left, height, width = plan.cutmix[i].astype(int)
+            inside = np.s_[:, top : top + height, left : left + width]
+            expected[inside] = whole[partner][inside]
+            share = 1 - height * width / sizes[i // 15] ** 2
+        np.testing.assert_allclose(image, expected, atol=2e-5)
+        target = np.zeros(7)
+        target[labels[plan.order[i]]] += share
+        target[labels[plan.order[partner]]] += 1 - share
+        np.testing.assert_allclose(shares[i], target, atol=1e-6)
+
+
+def test_the_number_of_classes_where_it_is_not_given(arrays):
+    plan = training_plan(5, 0, 60, "mixup")
+    assert epoch_of(make_loader("eager", arrays.train, lambda epoch: plan, arrays))[1].shape == (60, 2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", LOADERS)
 def test_erasing_is_torchvisions(name, device, arrays):
     boxes = [(0, 0, 0, 0), (0, 0, 31, 31), (3, 7, 12, 5), (30, 31, 2, 1), (31, 0, 1, 31)]

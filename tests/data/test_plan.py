@@ -11,7 +11,7 @@ from fastres.errors import UserError
 
 IMAGES = 50_000
 ALL_STEPS = "crop-flip-cutout-erasing"
-AUGMENTATIONS = ("none", "crop-flip", "crop-flip-cutout", "erasing", ALL_STEPS)
+AUGMENTATIONS = ("none", "crop-flip", "crop-flip-cutout", "erasing", ALL_STEPS, "cutmix-crop")
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
@@ -49,6 +49,7 @@ def test_augmentations_draw_only_what_they_apply():
         "crop-flip-cutout": {"order", "crop", "flip", "cutout"},
         "erasing": {"order", "erasing"},
         "crop-flip-cutout-erasing": {"order", "crop", "flip", "cutout", "erasing"},
+        "cutmix-crop": {"order", "crop", "cutmix"},
     }
 
 
@@ -77,11 +78,24 @@ def test_the_order_of_the_steps_does_not_matter(given, canonical):
 
 @pytest.mark.parametrize(
     "given",
-    ["", "crop-crop", "crop-none", "none-none", "crop-", "Crop", "x\ny", "x" * 500, "flip-altflip", "crop-reflectcrop"],
+    [
+        "",
+        "crop-crop",
+        "crop-none",
+        "none-none",
+        "crop-",
+        "Crop",
+        "x\ny",
+        "x" * 500,
+        "flip-altflip",
+        "crop-reflectcrop",
+        "mixup-cutmix",
+    ],
 )
 def test_unknown_and_repeated_steps(given):
     with pytest.raises(
-        UserError, match=r"the steps are crop, reflectcrop, .*; not flip with altflip, nor crop with reflectcrop$"
+        UserError,
+        match=r"steps are crop, .*; not flip with altflip, crop with reflectcrop, or mixup with cutmix$",
     ) as error:
         canonical_augmentation(given)
     assert "\n" not in str(error.value)
@@ -113,6 +127,20 @@ def kolmogorov_smirnov(first, second):
     values = np.concatenate([first, second])
     one, other = (np.searchsorted(np.sort(sample), values, side="right") / len(sample) for sample in (first, second))
     return np.abs(one - other).max()
+
+
+def test_half_of_the_images_are_mixed_as_cutmixs_code_does():
+    boxes = training_plan(0, 0, IMAGES, "cutmix").cutmix
+    rng = np.random.default_rng(0)
+    centre, side = rng.integers(32, size=(IMAGES, 2)), (32 * np.sqrt(1 - rng.random(IMAGES))).astype(int)
+    low, high = ((centre + offset[:, None]).clip(0, 32) for offset in (-(side // 2), side // 2))
+    theirs = (high - low).prod(1)
+    theirs = np.where(rng.random(IMAGES) < 0.5, theirs, 0)
+    ours = boxes[:, 2] * boxes[:, 3]
+    assert (ours == 0).mean() == pytest.approx((theirs == 0).mean(), abs=0.01)
+    assert kolmogorov_smirnov(ours, theirs) < 1.95 * (2 / IMAGES) ** 0.5  # p = 0.001
+    assert boxes.min() == 0
+    assert (boxes[:, :2] + boxes[:, 2:]).max() == 32
 
 
 def test_draws_are_uniform_over_their_ranges():
@@ -151,9 +179,12 @@ def test_evaluation_shows_the_images_as_they_are():
     processes=st.integers(1, 5),
     per_process=st.integers(1, 20),
     drop_last=st.booleans(),
+    unit=st.sampled_from([1, 2]),
 )
-def test_shards_make_up_the_plan_batch_by_batch(images, processes, per_process, drop_last):
-    plan, batch_size = training_plan(0, 0, images, ALL_STEPS), processes * per_process
+def test_shards_make_up_the_plan_batch_by_batch(images, processes, per_process, drop_last, unit):
+    per_process *= unit
+    batch_size = processes * per_process
+    plan = training_plan(0, 0, images, ALL_STEPS + "-cutmix" * (unit == 2))
     shards = [plan.shard(rank, processes, batch_size, drop_last) for rank in range(processes)]
     starts = [0] * processes
     shown = images - images % batch_size if drop_last else images
@@ -163,7 +194,8 @@ def test_shards_make_up_the_plan_batch_by_batch(images, processes, per_process, 
         parts = [slice(start, start + per_process) for start in starts]
         starts = [part.stop for part in parts]
         sizes = [len(shard.order[part]) for shard, part in zip(shards, parts, strict=True)]
-        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) - min(sizes) <= unit
+        assert all(size % unit == 0 for size in list(filter(None, sizes))[:-1])  # pairs stay together
         assert sizes == sorted(sizes, reverse=True)
         for name, column in ((name, value) for name, value in vars(plan).items() if value is not None):
             joined = [getattr(shard, name)[part] for shard, part in zip(shards, parts, strict=True)]

@@ -218,11 +218,24 @@ def test_the_tricks_of_the_fast_recipe_in_one_and_in_two_processes(arrays, tmp_p
         "model": "resnet18", "optimizer": "muon", "lr": 0.02, "sgd_lr": 0.05, "image_size_schedule": "16:0.3,24:0.5",
         "augmentation": "reflectcrop-altflip-cutout", "drop_last": True, "sync_bn": True,
     }  # fmt: skip
-    alone = losses_of_training(arrays, **settings)
-    jointly(train_jointly, tmp_path, arrays, settings, tmp_path / "two.pt")
-    assert len(alone[0]) == 30
-    assert alone[0][-6:].mean() < 0.8 * alone[0][:6].mean()
-    torch.testing.assert_close(torch.load(tmp_path / "two.pt"), alone, rtol=0, atol=1e-2)  # Muon's steps are bfloat16
+    assert_same_in_two_processes(arrays, settings, tmp_path)
+
+
+@pytest.mark.usefixtures("restored_models")
+@pytest.mark.parametrize("mixing", ["mixup", "cutmix"])
+def test_images_mixed_in_one_and_in_two_processes(mixing, arrays, tmp_path):
+    """The last batch: 4 and 3 images."""
+    dataset = replace(arrays, train=arrays.train.take(torch.arange(55).numpy()))
+    settings = {"augmentation": f"crop-flip-{mixing}", "batch_size": 8, "sync_bn": True}
+    assert_same_in_two_processes(dataset, settings, tmp_path, steps=35, atol=1e-4)
+
+
+def assert_same_in_two_processes(dataset, settings, tmp_path, steps=30, atol=1e-2):
+    alone = losses_of_training(dataset, **settings)
+    jointly(train_jointly, tmp_path, dataset, settings, tmp_path / "two.pt")
+    assert len(alone[0]) == steps
+    assert alone[0][-6:].mean() < 0.9 * alone[0][:6].mean()
+    torch.testing.assert_close(torch.load(tmp_path / "two.pt"), alone, rtol=0, atol=atol)  # Muon's steps are bfloat16
 
 
 def evaluate_jointly(dataset, alone):
@@ -420,6 +433,11 @@ def test_fewer_images_in_the_last_batch_than_processes(arrays, monkeypatch):
     with pytest.raises(UserError, match=r"--batch-size 8: leaves 3 of 59 images for the last batch of 4.*--drop-last"):
         resolve(TrainConfig(**{**SETTINGS, "batch_size": 8}), few)
     resolve(TrainConfig(**{**SETTINGS, "batch_size": 8, "drop_last": True}), few)
+    mixing = {**SETTINGS, "augmentation": "mixup"}
+    with pytest.raises(UserError, match=r"--batch-size 20: must be a multiple of twice the 4 processes, each with pai"):
+        resolve(TrainConfig(**{**mixing, "batch_size": 20}), arrays)
+    with pytest.raises(UserError, match=r"--batch-size 8: leaves 4 of 60 images for the last batch of 4.*--drop-last"):
+        resolve(TrainConfig(**{**mixing, "batch_size": 8}), arrays)
 
 
 @pytest.fixture

@@ -22,14 +22,14 @@ pytestmark = pytest.mark.usefixtures("tiny_vgg11")
 
 RESUMED_SETTINGS = [
     {"amp": "off", "loader": "dali", "augmentation": "crop-flip"},
-    {"amp": "bf16", "loader": "eager", "augmentation": "crop-flip-cutout"},
+    {"amp": "bf16", "loader": "eager", "augmentation": "crop-flip-cutout-mixup"},
     {"amp": "off", "optimizer": "adamw", "schedule": "linear"},
     {"amp": "bf16", "optimizer": "muon", "schedule": "onecycle"},
     {
         "amp": "off",
         "model": "resnet18",
         "image_size_schedule": "12:0.3,24:0.5",
-        "augmentation": "reflectcrop-altflip-cutout",
+        "augmentation": "reflectcrop-altflip-cutout-cutmix",
     },
     pytest.param({"device": "cuda", "amp": "fp16"}, marks=pytest.mark.gpu),
     pytest.param({"device": "cuda", "cuda_graphs": False}, marks=pytest.mark.gpu),

@@ -1,0 +1,42 @@
+"""mixup and CutMix: each image of a batch mixed with its neighbour in the plan, after all other augmentation."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fastres.data.plan import EpochPlan
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def mixed(images: torch.Tensor, labels: torch.Tensor, plan: EpochPlan, rows: slice, num_classes: int) -> Batch:
+    """The batch of the plan's ``rows`` with its images mixed, and the classes' shares as labels.
+
+    Shape: images float32 ``[B, 3, H, W]``; labels int64 ``[B]``, in the result float32 ``[B, num_classes]``.
+    """
+    number = np.arange(len(labels))
+    neighbour = number ^ 1
+    partner = torch.from_numpy(np.where(neighbour < len(number), neighbour, number)).to(images.device)
+    others = images[partner]
+    if plan.mixup is not None:
+        share = _column(plan.mixup[rows], images)
+        images = torch.lerp(others, images, share[:, None, None, None])
+    else:
+        assert plan.cutmix is not None
+        top, left, height, width = _column(plan.cutmix[rows], images).T[:, :, None, None, None]
+        size = images.size(3)
+        row, column = torch.arange(size, device=images.device), torch.arange(size, device=images.device)
+        inside = (row[:, None] >= top) & (row[:, None] < top + height) & (column >= left) & (column < left + width)
+        images = torch.where(inside, others, images)
+        share = 1 - (height * width).flatten() / size**2
+    one_hot = F.one_hot(labels, num_classes).float()
+    return images, torch.lerp(one_hot[partner], one_hot, share[:, None])
+
+
+def larger_part(labels: torch.Tensor) -> torch.Tensor:
+    """The class of each image, or the one with the largest share: int64 ``[B]``, of labels ``[B]`` or ``[B, C]``."""
+    return labels if labels.ndim == 1 else labels.argmax(1)
+
+
+def _column(values: np.ndarray, images: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(images.device)
