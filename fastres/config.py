@@ -9,6 +9,7 @@ from fastres.data import DECODE
 from fastres.data.datasets import DATASETS
 from fastres.data.plan import STEPS, canonical_augmentation
 from fastres.data.sizes import canonical_schedule, image_sizes
+from fastres.data.splits import IMAGE_SIZE
 from fastres.errors import UserError
 from fastres.fields import as_flag, check_fields, flag
 from fastres.models import INITS, MODELS, check_name
@@ -150,11 +151,20 @@ class TrainConfig:
         f"steps for training images, joined by dashes: any of {', '.join(STEPS)}; or none; digits: none",
         "crop-flip",
     )
+    image_size: int = flag(
+        "Data", "folder: pixels a side to which images are resized; a multiple of 8", IMAGE_SIZE, interval="[32, 1024]"
+    )
     image_size_schedule: str = flag(
         "Data",
-        "smaller images first: 24:0.65 is 24x24 pixels in the first 65%% of the steps and then 32x32; several are "
-        "joined by commas; none: 32x32 throughout; VGGs need that",
+        "smaller images first: 24:0.65 is 24x24 pixels in the first 65%% of the steps and then --image-size; several "
+        "are joined by commas; none: --image-size throughout; VGGs need that",
         "none",
+    )
+    normalize: str = flag(
+        "Data",
+        "mean and std of the channels: default: CIFAR's, and the digits' own; dataset: of the training images",
+        "default",
+        ("default", "dataset"),
     )
     train_fraction: float = flag(
         "Data", "part of the training set to train on, drawn from the seed", 1.0, interval="(0, 1]"
@@ -266,8 +276,9 @@ class TrainConfig:
         check_fields(self)
         check_name(self.model)
         for fits, message in (
+            (self.image_size % 8 == 0, f"--image-size {self.image_size}: must be a multiple of 8"),
             (
-                len(image_sizes(self.image_size_schedule)) == 1 or not self.model.startswith("vgg"),
+                len(image_sizes(self.image_size_schedule, self.image_size)) == 1 or not self.model.startswith("vgg"),
                 f"--image-size-schedule: {self.model} halves its images five times, so they need 32 pixels; remove it, "
                 "or choose a resnet",
             ),
@@ -293,7 +304,7 @@ class TrainConfig:
                 raise UserError(message)
         # one spelling of equal settings, for config.json and for comparisons
         object.__setattr__(self, "augmentation", canonical_augmentation(self.augmentation))
-        object.__setattr__(self, "image_size_schedule", canonical_schedule(self.image_size_schedule))
+        object.__setattr__(self, "image_size_schedule", canonical_schedule(self.image_size_schedule, self.image_size))
 
 
 def over_recipe(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fastres.fields import path, read_fields
 from fastres.files import read_json
 from fastres.flags import STOP_WITH_STDIN, Parser, add_flags, open_console, run_command, terminate_with_stdin
 from fastres.report.plots import plot_curves
-from fastres.report.tables import summary_table
+from fastres.report.tables import class_table, summary_table
 from fastres.training import distributed
 from fastres.training.clock import Clock, process_age
 from fastres.training.history import Row
@@ -63,6 +63,7 @@ def train(flags: dict[str, Any], resume: Path | None, console: Console, clock: C
     if distributed.rank() == 0:
         picture = plot_curves(run.folder, f"{summary['model']} on {summary['dataset']}")
         console.print(summary_table(summary))
+        console.print(class_table(summary))
         console.print(f"run:     {run.folder}\npicture: {picture}")
     return summary
 

@@ -19,7 +19,7 @@ from fastres.training.start import read_saved
 class TrainedModel(nn.Module):
     """``model`` behind the normalisation that it was trained with, in evaluation mode.
 
-    Shape: images float32 ``[N, 3, 32, 32]``, RGB in [0, 1], to logits ``[N, len(class_names)]``.
+    Shape: images float32 ``[N, 3, image_size, image_size]``, RGB in [0, 1], to logits ``[N, len(class_names)]``.
     """
 
     mean: torch.Tensor
@@ -54,6 +54,6 @@ def load_model(run: str | Path, weights: str | None = None, model: str | None = 
         register_model(model)
         config = replace(config, model=model)
     fused, _ = choose_fused(None, torch.device("cpu"), sync_bn=False)
-    network = create_model(config.model, len(saved.class_names), fused=fused)
+    network = create_model(config.model, len(saved.class_names), fused=fused, image_size=config.image_size)
     load_weights(network, folder / f"{weights or config.select}.safetensors")
     return TrainedModel(network, saved.class_names, saved.mean, saved.std)

@@ -14,13 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastres
 from fastres import models, train
 from fastres.config import TrainConfig, over_recipe
 from fastres.data.datasets import synthetic
 from fastres.fields import as_json, read_table
+from fastres.report.tables import class_table
 from fastres.train import catch_signals
 from fastres.training.start import choose_dataset
 from fastres.training.trainer import Trainer
+from tests.conftest import write_folder
 
 pytestmark = pytest.mark.usefixtures("tiny_vgg11")
 
@@ -278,6 +281,45 @@ def test_a_tilde_that_the_shell_has_left(command_line, flags, image_folder, tmp_
     assert command_line("--eval=~/run") == 0
     assert (tmp_path / "run/summary.json").exists()
     assert not (tmp_path / "~").exists()
+
+
+def test_larger_images_normalised_by_their_own_statistics(command_line, flags, arrays, tmp_path):
+    write_folder(tmp_path / "large", arrays, size=48)
+    own = ["--data-dir", tmp_path / "large", "--image-size", 64, "--normalize", "dataset", "--init", "dirac"]
+    assert command_line(*flags, *own) == 0
+    record = json.loads((tmp_path / "run/config.json").read_text())
+    assert record["asked"]["image_size"] == 64
+    mean = (arrays.train.images / 255).mean((0, 1, 2))
+    assert record["mean"] == pytest.approx(mean, abs=0.01)
+    shown = " ".join(f"{value:.4f}" for value in record["mean"])
+    assert f"mean {shown} and std " in command_line.out
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    small = tmp_path / "small"
+    assert command_line(*flags, "--output-dir", small) == 0
+    assert summary["train_flop"] > 3.9 * json.loads((small / "summary.json").read_text())["train_flop"]
+    for path in (tmp_path / "large/train").rglob("*.jpg"):  # what the run has recorded counts
+        path.write_bytes(next((tmp_path / "large/train/dark").iterdir()).read_bytes())
+    assert command_line("--eval", tmp_path / "run") == 0
+    loss = re.search(r"test loss +(\S+) +recorded (\S+)", command_line.out)
+    assert loss.group(1) == loss.group(2)
+    assert fastres.load_model(tmp_path / "run")(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
+    for arguments, message in (
+        (["--image-size", 60], "--image-size 60: must be a multiple of 8"),
+        (["--image-size", 24], "--image-size 24: must be at least 32"),
+        (["--image-size", 64, "--dataset", "digits"], "--image-size 64: images of digits have 32 pixels; needs"),
+        (["--image-size-schedule", "40:0.5"], "increasing sizes from 8 to 31 and"),
+    ):
+        assert message in command_line.one_line(*flags, *arguments)
+
+
+def test_the_classes_by_accuracy(command_line, flags, tmp_path):
+    table = class_table({"select": "last", "per_class_accuracy": {f"c{i}": float(i * 7 % 30) for i in range(30)}})
+    assert table.title == "accuracy by class, last epoch, 10 lowest of 30"
+    assert list(table.columns[1].cells) == [f"{i}.00 %" for i in range(10)]
+    assert command_line(*flags) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    below = command_line.out.split("accuracy by class, last epoch")[1]
+    assert f"{min(summary['per_class_accuracy'].values()):.2f} %" in below.splitlines()[2]
 
 
 def test_renamed_classes(command_line, flags, image_folder, tmp_path):

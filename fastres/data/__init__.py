@@ -107,10 +107,11 @@ class PlanLoader:
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         raise UserError(f"labels: must be integers [N], not {labels.dtype} {list(labels.shape)}")
-    shape = (len(labels), IMAGE_SIZE, IMAGE_SIZE, 3)
+    size = images.shape[1] if images.ndim > 1 else IMAGE_SIZE
+    shape = (len(labels), size, size, 3)
     if images.dtype != np.uint8 or images.shape != shape:
         raise UserError(f"images: must be uint8 {list(shape)} like the labels, not {images.dtype} {list(images.shape)}")
-    return Split(images, labels.astype(np.int64))
+    return Split(images, labels.astype(np.int64), size=size)
 
 
 def choose_loader(name: str, fault: str = "") -> tuple[str, str]:
@@ -131,9 +132,9 @@ def choose_loader(name: str, fault: str = "") -> tuple[str, str]:
     return "dali", "asked for" if name == "dali" else "DALI imports"
 
 
-def pixels_on_gpu(images: int, device: torch.device) -> bool:
+def pixels_on_gpu(images: int, device: torch.device, size: int = IMAGE_SIZE) -> bool:
     """Whether DaliLoader keeps the pixels of so many images on ``device``: on a GPU with four times the memory free."""
-    return device.type == "cuda" and 4 * images * 3 * IMAGE_SIZE**2 <= torch.cuda.mem_get_info(device)[0]
+    return device.type == "cuda" and 4 * images * 3 * size**2 <= torch.cuda.mem_get_info(device)[0]
 
 
 def create_loader(name: str, *args: Any, **options: Any) -> Loader:

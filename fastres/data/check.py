@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike
 
 from fastres.data import Batch
 from fastres.data.eager import EagerLoader, _PlannedImages
-from fastres.data.plan import EpochPlan
-from fastres.data.splits import CIFAR10_MEAN, CIFAR10_STD, IMAGE_SIZE, Split
+from fastres.data.plan import EpochPlan, crop_padding
+from fastres.data.splits import CIFAR10_MEAN, CIFAR10_STD, Split
 from fastres.errors import UserError, first_line
 
 
@@ -44,7 +44,7 @@ def check_loader(
             images, labels = map(torch.as_tensor, batch)
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"image {i}: batches must be pairs of images and labels ({first_line(error)})") from error
-        size = IMAGE_SIZE if plan.size is None else plan.size[min(i, len(plan) - 1)]
+        size = split.size if plan.size is None else plan.size[min(i, len(plan) - 1)]
         if images.ndim != 4 or images.shape[1:] != (3, size, size) or not images.is_floating_point():
             raise UserError(
                 f"image {i}: shape or dtype: batches must be float [B, 3, {size}, {size}], not {images.dtype} "
@@ -93,8 +93,9 @@ def _difference(image: torch.Tensor, planned: _PlannedImages, i: int, tolerance:
     if any(_close(image, changed, tolerance) for changed in changes.values()):
         return next(kind for kind, changed in changes.items() if _close(image, changed, tolerance))
     if row.crop is not None:
-        for top, left in np.ndindex(9, 9):
-            crop = np.array([[top - 4, left - 4]], np.int32)
+        padding = crop_padding(planned.split.size)
+        for top, left in np.ndindex(2 * padding + 1, 2 * padding + 1):
+            crop = np.array([[top - padding, left - padding]], np.int32)
             if _close(image, replace(planned, plan=replace(row, crop=crop))[0][0], tolerance):
                 return f"crop: at {crop[0].tolist()}, not {row.crop[0].tolist()}"
     for j in range(len(planned)):

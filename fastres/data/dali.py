@@ -14,10 +14,10 @@ from PIL import Image
 
 from fastres.data import Batch, PlanLoader, pixels_on_gpu
 from fastres.data.image_folder import decode_image
-from fastres.data.plan import CROP_PADDING, EpochPlan
-from fastres.data.splits import IMAGE_SIZE, Split
+from fastres.data.plan import EpochPlan, crop_padding
+from fastres.data.splits import Split
 
-Images = np.ndarray | torch.Tensor | list[np.ndarray]  # pixels uint8 [N, 32, 32, 3], on a GPU if a tensor; or files
+Images = np.ndarray | torch.Tensor | list[np.ndarray]  # pixels uint8 [N, S, S, 3], on a GPU if a tensor; or files
 MAX_BATCHES_IN_FLIGHT = 8  # that the GPU may still read; then the host waits
 DECODE_BATCH, DECODE_BATCH_LARGE = 512, 16  # 32x32 images; images of up to MAX_PIXELS
 
@@ -40,7 +40,7 @@ class DaliLoader(PlanLoader):
             self.images = accepted(split, self.workers, self.device)
         elif split.encoded:
             self.images = decode(split, self.workers, self.device)
-        elif pixels_on_gpu(len(split), self.device):
+        elif pixels_on_gpu(len(split), self.device, split.size):
             self.images = torch.from_numpy(np.asarray(split.images)).to(self.device)
         self.pipeline: Pipeline | None = None
         self.upcoming = 0, 0  # epoch and batch that the pipeline gives next
@@ -115,16 +115,20 @@ class DaliLoader(PlanLoader):
             (images,) = source(["images"], "gpu" if on_gpu else "cpu", image)
             labels = batch["labels"]
             if encoded:
-                images = _decoded(images, self.split.resize, self.device)
+                images = _decoded(images, self.split, self.device)
             elif self.device.type == "cuda" and not on_gpu:
                 images = images.gpu()
             if self.device.type == "cuda":
                 labels = labels.gpu()
-            window: dict[str, Any] = {"shape": [IMAGE_SIZE] * 2, "axes": [0, 1]}
+            window: dict[str, Any] = {"shape": [self.split.size] * 2, "axes": [0, 1]}
             if "crop" in batch:
                 images = fn.slice(images, start=batch["crop"], out_of_bounds_policy="pad", fill_values=0, **window)
             if "reflectcrop" in batch:
-                images = fn.slice(_reflected(images), start=batch["reflectcrop"] + CROP_PADDING, **window)
+                images = fn.slice(
+                    _reflected(images, self.split.size),
+                    start=batch["reflectcrop"] + crop_padding(self.split.size),
+                    **window,
+                )
             images = fn.crop_mirror_normalize(
                 images,
                 mirror=batch.get("flip", 0),
@@ -179,30 +183,29 @@ class _PlannedBatches:
         return array[self.uploaded[1][rows]]
 
 
-def _reflected(images: DataNode) -> DataNode:
-    """``images`` with their reflection in CROP_PADDING pixels around them."""
+def _reflected(images: DataNode, size: int) -> DataNode:
+    """``images`` with their reflection in the pixels around them that a crop can show."""
+    padding = crop_padding(size)
     for axis in (0, 1):
         before, after = (
-            fn.flip(
-                fn.slice(images, start=[start], shape=[CROP_PADDING], axes=[axis]), vertical=1 - axis, horizontal=axis
-            )
-            for start in (1, IMAGE_SIZE - 1 - CROP_PADDING)
+            fn.flip(fn.slice(images, start=[start], shape=[padding], axes=[axis]), vertical=1 - axis, horizontal=axis)
+            for start in (1, size - 1 - padding)
         )
         images = fn.cat(before, images, after, axis=axis)
     return images
 
 
 def decode(split: Split, workers: int, device: torch.device) -> np.ndarray | torch.Tensor:
-    """The pixels of an encoded split, uint8 ``[N, 32, 32, 3]``, on a GPU if they are to stay there.
+    """The pixels of an encoded split, uint8 ``[N, size, size, 3]``, on a GPU if they are to stay there.
 
     DALI's decoders agree with Pillow's to within 3 of 255 levels for JPEG. DALI is stricter about damage; Pillow
     decodes the batches that it refuses.
     """
-    shape, keep = (len(split), IMAGE_SIZE, IMAGE_SIZE, 3), pixels_on_gpu(len(split), device)
+    size = (split.size, split.size)
+    shape, keep = (len(split), *size, 3), pixels_on_gpu(len(split), device, split.size)
     pixels = torch.empty(shape, dtype=torch.uint8, device=device if keep else "cpu")
     for rows, images in _decoded_batches(split, workers, device):
         if images is None:
-            size = (IMAGE_SIZE, IMAGE_SIZE)
             files = (decode_image(file).resize(size, Image.Resampling.BILINEAR) for file in split.images[rows])
             images = torch.from_numpy(np.stack([np.asarray(image) for image in files]))
         pixels[rows] = images.to(pixels.device)
@@ -242,13 +245,13 @@ def _decoder(split: Split, batches: list[slice], workers: int, device: torch.dev
     pipeline = _pipeline(batches[0].stop - batches[0].start, device, workers)
     with pipeline:
         files = fn.external_source(source=(split.images[batch] for batch in batches), dtype=types.UINT8, ndim=1)
-        pipeline.set_outputs(_decoded(files, split.resize, device))
+        pipeline.set_outputs(_decoded(files, split, device))
     pipeline.build()
     return pipeline
 
 
-def _decoded(files: DataNode, resize: bool, device: torch.device) -> DataNode:
-    """Pixels of 32x32 images from files: on a GPU by nvJPEG, with the same upsampling of colours as on a CPU."""
+def _decoded(files: DataNode, split: Split, device: torch.device) -> DataNode:
+    """Pixels from the files of ``split``: on a GPU by nvJPEG, with the same upsampling of colours as on a CPU."""
     images = fn.decoders.image(
         files,
         device="mixed" if device.type == "cuda" else "cpu",
@@ -256,7 +259,7 @@ def _decoded(files: DataNode, resize: bool, device: torch.device) -> DataNode:
         jpeg_fancy_upsampling=True,
         hw_decoder_load=0.0,
     )
-    return fn.resize(images, size=[IMAGE_SIZE] * 2, interp_type=types.INTERP_LINEAR) if resize else images
+    return fn.resize(images, size=[split.size] * 2, interp_type=types.INTERP_LINEAR) if split.resize else images
 
 
 def _pipeline(batch_size: int, device: torch.device, workers: int) -> Pipeline:

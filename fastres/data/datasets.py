@@ -108,16 +108,22 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
 
 
 def load_dataset(
-    name: str, data_dir: Path, classes: Sequence[str] = (), skip_bad_images: bool = False
+    name: str,
+    data_dir: Path,
+    classes: Sequence[str] = (),
+    skip_bad_images: bool = False,
+    image_size: int = IMAGE_SIZE,
 ) -> tuple[Dataset, str]:
     """The dataset called ``name`` (one of ``DATASETS``), restricted to ``classes`` if any, and a line that says which.
 
-    ``skip_bad_images`` applies to ``folder``.
+    ``skip_bad_images`` and ``image_size``, to which images are resized, apply to ``folder``.
     """
     if name not in DATASETS:
         raise UserError(f"--dataset {name}: unknown; choose from {', '.join(DATASETS)}")
     if name == "folder":
-        dataset = folder(data_dir, classes, skip_bad_images)  # reads only these classes
+        dataset = folder(data_dir, classes, skip_bad_images, image_size)  # reads only these classes
+    elif image_size != IMAGE_SIZE:
+        raise UserError(f"--image-size {image_size}: images of {name} have {IMAGE_SIZE} pixels; needs --dataset folder")
     else:
         dataset = DATASETS[name](data_dir)
         dataset = dataset.subset(classes) if classes else dataset

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from torchvision.transforms import functional as F
 
 from fastres.data import Batch, PlanLoader
 from fastres.data.image_folder import decode_image
-from fastres.data.plan import CROP_PADDING, EpochPlan
-from fastres.data.splits import IMAGE_SIZE, Split
+from fastres.data.plan import EpochPlan, crop_padding
+from fastres.data.splits import Split
 from fastres.errors import RunError
 
 # A worker must not collect the garbage of the process that it was forked from: the threads of a DALI pipeline, say, do
@@ -40,7 +41,7 @@ class EagerLoader(PlanLoader):
     def _set_up(self) -> None:
         if self.split.encoded and self.decode == "once":
             images = [np.asarray(_image(self.split, i)) for i in range(len(self.split))]
-            self.split = Split(np.stack(images), self.split.labels)
+            self.split = Split(np.stack(images), self.split.labels, size=self.split.size)
 
     def _batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
         images = _PlannedImages(self.split, self.plan_of_epoch(epoch), self.mean, self.std)
@@ -90,10 +91,21 @@ def _end_with_parent() -> None:
 
 
 def _image(split: Split, index: int) -> Image.Image:
-    """An image of the split, 32x32."""
+    """An image of the split, of its size."""
     pixels = split.images[index]
     image = decode_image(pixels) if split.encoded else Image.fromarray(pixels)
-    return F.resize(image, [IMAGE_SIZE, IMAGE_SIZE]) if split.resize else image
+    return F.resize(image, [split.size, split.size]) if split.resize else image
+
+
+def mean_and_std(split: Split) -> tuple[Any, Any]:
+    """Of each channel's pixels, in [0, 1]; the std of a constant channel is 1."""
+    sums = np.zeros((2, 3))
+    for i in range(len(split)):
+        pixels = np.asarray(_image(split, i)).reshape(-1, 3) / 255
+        sums += pixels.mean(0), (pixels**2).mean(0)
+    mean, square = sums / len(split)
+    std = np.sqrt((square - mean**2).clip(0))
+    return tuple(mean.tolist()), tuple(np.where(std < 1e-6, 1.0, std).tolist())
 
 
 @dataclass(frozen=True)
@@ -110,17 +122,18 @@ class _PlannedImages(Dataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         plan, index = self.plan, self.plan.order[i]
+        full, padding = self.split.size, crop_padding(self.split.size)
         image = _image(self.split, index)
         for crop, mode in ((plan.crop, "constant"), (plan.reflectcrop, "reflect")):
             if crop is not None:
-                top, left = (crop[i] + CROP_PADDING).tolist()
-                image = F.crop(F.pad(image, CROP_PADDING, padding_mode=mode), top, left, IMAGE_SIZE, IMAGE_SIZE)
+                top, left = (crop[i] + padding).tolist()
+                image = F.crop(F.pad(image, padding, padding_mode=mode), top, left, full, full)
         if plan.flip is not None and plan.flip[i]:
             image = F.hflip(image)
         tensor = F.normalize(F.to_tensor(image), self.mean, self.std)
-        if plan.size is not None and plan.size[i] < IMAGE_SIZE:
+        if plan.size is not None and plan.size[i] < full:
             size = int(plan.size[i])  # beyond its border the image goes on with the border's values, as in DALI
-            around = F.resize(F.pad(tensor, IMAGE_SIZE, padding_mode="edge"), [3 * size] * 2, antialias=True)
+            around = F.resize(F.pad(tensor, full, padding_mode="edge"), [3 * size] * 2, antialias=True)
             tensor = around[:, size : 2 * size, size : 2 * size].contiguous()
         for box in (plan.cutout, plan.erasing):
             if box is not None:

@@ -44,12 +44,14 @@ def _unreadable_explained() -> Iterator[None]:
 
 
 @_unreadable_explained()
-def folder(data_dir: Path, classes: Sequence[str] = (), skip_bad_images: bool = False) -> Dataset:
+def folder(
+    data_dir: Path, classes: Sequence[str] = (), skip_bad_images: bool = False, size: int = IMAGE_SIZE
+) -> Dataset:
     """Image files (``IMAGE_SUFFIXES``) anywhere in ``DIR/train/<class>/`` and ``DIR/test/<class>/``, kept encoded.
 
     Only ``classes`` are read, if given; their names and the folders' are compared in Unicode's NFC. Hidden files and
     folders and ``LEFTOVERS`` are ignored. Every file is decoded once, so that damaged ones are reported before training
-    begins, or left out with ``skip_bad_images``.
+    begins, or left out with ``skip_bad_images``. Loaders resize images to ``size`` pixels a side.
     """
     if not _is_folder(data_dir):
         raise UserError(f"--data-dir {data_dir}: no such folder")
@@ -81,8 +83,8 @@ def folder(data_dir: Path, classes: Sequence[str] = (), skip_bad_images: bool = 
     return Dataset(
         name="folder",
         classes=names,
-        train=_encoded_split(paths[0], images),
-        test=_encoded_split(paths[1], images),
+        train=_encoded_split(paths[0], images, size),
+        test=_encoded_split(paths[1], images, size),
         source=f"folder {data_dir}",
         skipped_images=len(bad),
         other_files=tuple(path.suffix.lower() or "no suffix" for path in others),
@@ -177,9 +179,9 @@ def decode_image(content: np.ndarray) -> Image.Image:
         return image.convert("RGB")
 
 
-def _encoded_split(paths: Sequence[Sequence[Path]], images: dict[Path, EncodedImage | None]) -> Split:
+def _encoded_split(paths: Sequence[Sequence[Path]], images: dict[Path, EncodedImage | None], size: int) -> Split:
     """The readable images at ``paths``, a list of files for each class."""
     labelled = [(image, label) for label, files in enumerate(paths) for path in files if (image := images[path])]
     read, labels = zip(*labelled, strict=True)
     contents, sizes = zip(*read, strict=True)
-    return Split(list(contents), np.array(labels), resize=set(sizes) != {(IMAGE_SIZE, IMAGE_SIZE)})
+    return Split(list(contents), np.array(labels), resize=set(sizes) != {(size, size)}, size=size)

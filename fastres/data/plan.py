@@ -16,8 +16,6 @@ import numpy as np
 from fastres.data.splits import IMAGE_SIZE
 from fastres.errors import UserError
 
-CROP_PADDING = 4  # pixels around the image before the random crop
-CUTOUT_SIZE = 16  # pixels, both sides
 # torchvision's defaults for RandomErasing
 ERASING_PROBABILITY = 0.5
 ERASING_AREA = 0.02, 0.33  # of the image's, uniform
@@ -31,17 +29,17 @@ class EpochPlan:
     """One epoch of N images; row i of every array belongs to the i-th image that is shown.
 
     order: int64 ``[N]``, which image of the split it is.
-    crop: int32 ``[N, 2]``, top and left of the 32x32 window in the unpadded image, -4 to 4; None: not cropped. Around
-        the image are zeros (step ``crop``).
+    crop: int32 ``[N, 2]``, top and left of the window, as large as the image, in the unpadded image: up to an eighth of
+        its side beyond it, -4 to 4 of 32 pixels; None: not cropped. Around the image are zeros (step ``crop``).
     reflectcrop: like ``crop``, but around the image is its reflection without the border pixel, as NumPy's ``reflect``.
     flip: int32 ``[N]``, 1 where the cropped image is mirrored left to right; None: not flipped. Drawn anew in every
         epoch (step ``flip``), or drawn once for each image and then alternating (``altflip``, Jordan 2024,
         arXiv:2404.00498, section 3.6), so that two epochs show every image both ways.
     size: int32 ``[N]``, pixels a side to which the image is resized after flip and normalisation, antialiased; the
-        same in a whole batch; None: 32.
+        same in a whole batch; None: as it is.
     cutout: float32 ``[N, 4]``, top, left, height and width of the rectangle that is set to the mean after
-        normalisation: a 16x16 square, centred on any pixel and clipped at the border (DeVries & Taylor 2017,
-        arXiv:1708.04552); None: no cutout.
+        normalisation: a square of half the image's side, centred on any pixel and clipped at the border (DeVries &
+        Taylor 2017, arXiv:1708.04552); None: no cutout.
     erasing: float32 ``[N, 4]``, top, left, height and width of the rectangle that is set to the mean after
         normalisation, drawn as torchvision's RandomErasing does (Zhong et al. 2017, arXiv:1708.04896); height and
         width are 0 where nothing is erased; None: no erasing.
@@ -87,59 +85,64 @@ class EpochPlan:
         return replace(self, **{name: column[rows] for name, column in vars(self).items() if column is not None})
 
 
-def draw_crop(rng: np.random.Generator, num_images: int) -> np.ndarray:
+def crop_padding(size: int) -> int:
+    """Pixels around an image of ``size`` before the random crop: 4 around 32."""
+    return size // 8
+
+
+def draw_crop(rng: np.random.Generator, num_images: int, size: int) -> np.ndarray:
     """The plan's column ``crop``."""
-    return rng.integers(-CROP_PADDING, CROP_PADDING + 1, (num_images, 2), np.int32)
+    return rng.integers(-crop_padding(size), crop_padding(size) + 1, (num_images, 2), np.int32)
 
 
-def draw_flip(rng: np.random.Generator, num_images: int) -> np.ndarray:
+def draw_flip(rng: np.random.Generator, num_images: int, size: int) -> np.ndarray:
     """The plan's column ``flip``."""
     return rng.integers(0, 2, num_images, np.int32)
 
 
-def draw_cutout(rng: np.random.Generator, num_images: int) -> np.ndarray:
+def draw_cutout(rng: np.random.Generator, num_images: int, size: int) -> np.ndarray:
     """The plan's column ``cutout``."""
-    return clipped(rng.integers(0, IMAGE_SIZE, (num_images, 2)), CUTOUT_SIZE)
+    return clipped(rng.integers(0, size, (num_images, 2)), size // 2, size)
 
 
-def clipped(centre: np.ndarray, side: Any) -> np.ndarray:
+def clipped(centre: np.ndarray, side: Any, size: int) -> np.ndarray:
     """Squares ``[N, 4]`` of ``side`` pixels, even numbers, around ``centre``, clipped at the border."""
-    corners = [np.clip(centre + offset, 0, IMAGE_SIZE) for offset in (-side // 2, side // 2)]
+    corners = [np.clip(centre + offset, 0, size) for offset in (-side // 2, side // 2)]
     return np.hstack([corners[0], corners[1] - corners[0]]).astype(np.float32)
 
 
-def draw_erasing(rng: np.random.Generator, num_images: int) -> np.ndarray:
+def draw_erasing(rng: np.random.Generator, num_images: int, size: int) -> np.ndarray:
     """The plan's column ``erasing``."""
     boxes = np.zeros((num_images, 4), np.float32)
     flattest, tallest = np.log(ERASING_ASPECT)
     rows = np.flatnonzero(rng.random(num_images) < ERASING_PROBABILITY)
     for _ in range(ERASING_ATTEMPTS):
-        area = IMAGE_SIZE**2 * rng.uniform(*ERASING_AREA, len(rows))
+        area = size**2 * rng.uniform(*ERASING_AREA, len(rows))
         aspect = np.exp(rng.uniform(flattest, tallest, len(rows)))
-        size = np.rint(np.sqrt([area * aspect, area / aspect])).astype(int).T
-        fits = (size < IMAGE_SIZE).all(axis=1)
-        corner = rng.integers(0, IMAGE_SIZE + 1 - size[fits])
-        boxes[rows[fits]] = np.hstack([corner, size[fits]])
+        sides = np.rint(np.sqrt([area * aspect, area / aspect])).astype(int).T
+        fits = (sides < size).all(axis=1)
+        corner = rng.integers(0, size + 1 - sides[fits])
+        boxes[rows[fits]] = np.hstack([corner, sides[fits]])
         rows = rows[~fits]
     return boxes
 
 
-def draw_mixup(rng: np.random.Generator, num_images: int) -> np.ndarray:
+def draw_mixup(rng: np.random.Generator, num_images: int, size: int) -> np.ndarray:
     """The plan's column ``mixup``."""
     return rng.random(num_images, np.float32)
 
 
-def draw_cutmix(rng: np.random.Generator, num_images: int) -> np.ndarray:
+def draw_cutmix(rng: np.random.Generator, num_images: int, size: int) -> np.ndarray:
     """The plan's column ``cutmix``."""
-    side = 2 * (IMAGE_SIZE / 2 * np.sqrt(rng.random((num_images, 1)))).astype(int)
-    centre = rng.integers(0, IMAGE_SIZE, (num_images, 2))
-    return clipped(centre, side) * (rng.random((num_images, 1), np.float32) < CUTMIX_PROBABILITY)
+    side = 2 * (size / 2 * np.sqrt(rng.random((num_images, 1)))).astype(int)
+    centre = rng.integers(0, size, (num_images, 2))
+    return clipped(centre, side, size) * (rng.random((num_images, 1), np.float32) < CUTMIX_PROBABILITY)
 
 
 # The steps of augmentation in the order in which they are drawn and applied: crop and flip to the pixels, the others
 # after normalisation, mixup and cutmix to whole batches. Each draws the EpochPlan's column of its name, altflip draws
 # flip; both loaders apply that.
-STEPS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+STEPS: dict[str, Callable[[np.random.Generator, int, int], np.ndarray]] = {
     "crop": draw_crop,
     "reflectcrop": draw_crop,
     "flip": draw_flip,
@@ -181,22 +184,22 @@ def with_steps(augmentation: str, steps: str) -> str:
     )
 
 
-def training_plan(seed: int, epoch: int, num_images: int, augmentation: str) -> EpochPlan:
+def training_plan(seed: int, epoch: int, num_images: int, augmentation: str, image_size: int = IMAGE_SIZE) -> EpochPlan:
     """The shuffled and augmented epoch ``epoch`` (from 0); ``augmentation`` as in ``canonical_augmentation``."""
     steps = canonical_augmentation(augmentation).split("-")
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
     order = rng.permutation(num_images)
-    columns = {name: draw(rng, num_images) for name, draw in STEPS.items() if name in steps}
+    columns = {name: draw(rng, num_images, image_size) for name, draw in STEPS.items() if name in steps}
     if columns.pop("altflip", None) is not None:  # it has drawn as many numbers as flip, so that the rest is the same
-        first = draw_flip(np.random.Generator(np.random.Philox(np.random.SeedSequence([seed]))), num_images)
+        first = draw_flip(np.random.Generator(np.random.Philox(np.random.SeedSequence([seed]))), num_images, image_size)
         columns["flip"] = (first[order] + epoch).astype(np.int32) % 2
     return EpochPlan(order, **columns)
 
 
-def resized(plan: EpochPlan, size: np.ndarray) -> EpochPlan:
-    """``plan`` with its column ``size``; rectangles are scaled with the images, to whole pixels."""
+def resized(plan: EpochPlan, size: np.ndarray, image_size: int = IMAGE_SIZE) -> EpochPlan:
+    """``plan``, of images of ``image_size``, with its column ``size``; rectangles are scaled, too, to whole pixels."""
     boxes = {name: getattr(plan, name) for name in ("cutout", "erasing", "cutmix") if getattr(plan, name) is not None}
-    scale = (size / IMAGE_SIZE).astype(np.float32)[:, None]
+    scale = (size / image_size).astype(np.float32)[:, None]
     return replace(plan, size=size, **{name: np.rint(box * scale) for name, box in boxes.items()})
 
 

@@ -16,14 +16,16 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 class Split:
     """N images and their labels.
 
-    images: uint8 ``[N, 32, 32, 3]``, or N encoded files (``IMAGE_FORMATS``), each a uint8 array of its bytes.
+    images: uint8 ``[N, size, size, 3]``, or N encoded files (``IMAGE_FORMATS``), each a uint8 array of its bytes.
     labels: int64 ``[N]``, indices into the dataset's classes.
-    resize: the encoded images are not all 32x32, so a loader resizes them after decoding.
+    resize: the encoded images are not all of ``size``, so a loader resizes them after decoding.
+    size: pixels a side.
     """
 
     images: np.ndarray | list[np.ndarray]
     labels: np.ndarray
     resize: bool = False
+    size: int = IMAGE_SIZE
 
     @property
     def encoded(self) -> bool:

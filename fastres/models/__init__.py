@@ -1,4 +1,4 @@
-"""Models by name: ResNets with the CIFAR stem, Wide ResNets and VGGs, all for 32x32 images."""
+"""Models by name: ResNets with the CIFAR stem, Wide ResNets and VGGs, all for images of 32x32 and more."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from fastres.data.splits import IMAGE_SIZE
 from fastres.errors import UserError
 from fastres.models import resnet
 from fastres.models.own import import_model
@@ -47,8 +48,9 @@ def create_model(
     fused: bool = True,
     sync_bn: bool = False,
     init: str = "default",
+    image_size: int = IMAGE_SIZE,
 ) -> nn.Module:
-    """A newly initialised model from images ``[B, 3, 32, 32]`` to logits ``[B, num_classes]``.
+    """A newly initialised model from images ``[B, 3, image_size, image_size]`` to logits ``[B, num_classes]``.
 
     The state dict has the same keys and shapes for every choice of ``fused`` and ``sync_bn``.
 
@@ -60,6 +62,7 @@ def create_model(
         sync_bn: BatchNorm over the whole batch of all processes; needs the fused operator.
         init: initial weights: ``default`` as torchvision draws them, ``dirac`` and ``study-b`` as ``init_dirac`` and
             ``init_as_study_b`` do.
+        image_size: pixels a side, with which a function of your own is tried.
     """
     check_name(name)
     if name not in MODELS:
@@ -68,7 +71,8 @@ def create_model(
         )
     eager = None if ":" in name else EagerBatchNormReLU2d
     norm_layer = SyncBatchNormReLU2d if sync_bn else BatchNormReLU2d if fused else eager
-    model = MODELS[name](num_classes, norm_layer=norm_layer)
+    options = {"image_size": image_size} if ":" in name else {}
+    model = MODELS[name](num_classes, norm_layer=norm_layer, **options)
     INITS[init](model)
     if zero_gamma and not resnet.zero_gamma(model):
         raise UserError(
@@ -77,13 +81,13 @@ def create_model(
     return model
 
 
-def create_on_meta(name: str, num_classes: int, fused: bool = True) -> nn.Module:
+def create_on_meta(name: str, num_classes: int, fused: bool = True, image_size: int = IMAGE_SIZE) -> nn.Module:
     """A model without memory for its weights, to count with; draws no random numbers."""
     if ":" not in name:
         with torch.device("meta"):
             return create_model(name, num_classes, fused=fused)
     with torch.random.fork_rng(devices=()):
-        return create_model(name, num_classes, fused=fused).to("meta")
+        return create_model(name, num_classes, fused=fused, image_size=image_size).to("meta")
 
 
 def check_name(name: str) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastres.data.splits import IMAGE_SIZE
 from fastres.errors import UserError, examples, first_line
 
 NormLayer = Callable[..., nn.BatchNorm2d]
@@ -49,15 +48,15 @@ def import_model(name: str) -> Callable[..., nn.Module]:
             f"--model {name}: must be callable with the number of classes as its only argument ({error})"
         ) from error
 
-    def create(num_classes: int, norm_layer: NormLayer | None) -> nn.Module:
+    def create(num_classes: int, norm_layer: NormLayer | None, image_size: int) -> nn.Module:
         with explained(name, f"{function_name}({num_classes}) failed"):
             model = function(num_classes)
         if not isinstance(model, nn.Module):
             raise UserError(f"--model {name}: returned {type(model).__name__} instead of a torch.nn.Module")
-        before = _logits(model, name, num_classes)
+        before = _logits(model, name, num_classes, image_size)
         if norm_layer:
             fuse_norms(model, norm_layer)
-            after = _logits(model, name, num_classes)
+            after = _logits(model, name, num_classes, image_size)
             if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
                 raise UserError(f"--model {name}: has other outputs with the fused operator; take --no-fused")
         return model
@@ -94,9 +93,9 @@ def explained(name: str, what: str) -> Iterator[None]:
         raise UserError(f"--model {name}: {what} ({type(error).__name__}: {first_line(error)}{place})") from error
 
 
-def _logits(model: nn.Module, name: str, num_classes: int) -> torch.Tensor:
+def _logits(model: nn.Module, name: str, num_classes: int, image_size: int) -> torch.Tensor:
     """What ``model`` gives for two images; refuses another shape than ``[2, num_classes]``."""
-    shape = [2, 3, IMAGE_SIZE, IMAGE_SIZE]
+    shape = [2, 3, image_size, image_size]
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with explained(name, f"does not take images {shape}"), torch.no_grad():
         logits = model.eval()(images)

@@ -1,4 +1,5 @@
-"""VGGs (Simonyan & Zisserman 2014, arXiv:1409.1556) for 32x32 images, which the five max-pools bring to 1x1.
+"""VGGs (Simonyan & Zisserman 2014, arXiv:1409.1556) for 32x32 images, which the five max-pools bring to 1x1; of larger
+ones the mean is taken.
 
 Layers have torchvision's numbers; BatchNorm includes the ReLU, whose number is skipped. Torchvision's weights load
 except for the classifier and, in ``vgg11`` to ``vgg19``, the convolutions' biases, which are redundant before a norm.
@@ -47,6 +48,7 @@ class VGG(nn.Module):
             layers[str(number)] = nn.MaxPool2d(2)
             number += 1
         self.features = nn.Sequential(layers)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = head(num_classes) if head else nn.Linear(512, num_classes)
 
         for module in self.modules():
@@ -59,7 +61,7 @@ class VGG(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(torch.flatten(self.features(x), 1))
+        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
 
 def head_4096(num_classes: int) -> nn.Sequential:

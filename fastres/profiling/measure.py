@@ -5,7 +5,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import accumulate, chain, count, islice, repeat
 from typing import Any
 
@@ -181,7 +180,7 @@ def planned_loader(config: TrainConfig, dataset: Dataset, steps: int) -> Loader:
     return create_loader(
         config.loader,
         split,
-        partial(training_plan, config.seed, num_images=len(split), augmentation=config.augmentation),
+        lambda epoch: training_plan(config.seed, epoch, len(split), config.augmentation, split.size),
         batch_size=config.batch_size,
         mean=dataset.mean,
         std=dataset.std,

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
+
+MOST_CLASSES = 10  # in a table
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
@@ -14,6 +17,17 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table.add_column(style="dim")
     for row in summary_rows(summary):
         table.add_row(*row)
+    return table
+
+
+def class_table(summary: dict[str, Any]) -> Table:
+    """The accuracy of each class, the lowest first; of many classes the lowest ones."""
+    classes = sorted(summary["per_class_accuracy"].items(), key=lambda item: item[1])
+    more = f", {MOST_CLASSES} lowest of {len(classes)}" if len(classes) > MOST_CLASSES else ""
+    title = f"accuracy by class, {summary['select']} epoch{more}"
+    table = Table(show_header=False, title=title, title_justify="left")
+    for name, accuracy in classes[:MOST_CLASSES]:
+        table.add_row(Text(name), f"{accuracy:.2f} %")
     return table
 
 

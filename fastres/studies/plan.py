@@ -96,8 +96,8 @@ class PlannedRun:
     @property
     def work(self) -> float:
         """About the GFLOP of its training, the unit of a study's progress."""
-        images = self.config.epochs * len(self.dataset.train) * mean_area(self.config.image_size_schedule)
-        return 3 * self.forward_gflop * images
+        area = mean_area(self.config.image_size_schedule, self.config.image_size)
+        return 3 * self.forward_gflop * self.config.epochs * len(self.dataset.train) * area
 
     @property
     def finished(self) -> bool:
@@ -157,8 +157,8 @@ class Planner:
 
     def _planned(self, name: str, flags: dict[str, Any]) -> PlannedRun:
         config, dataset = self._resolve(flags)
-        model = create_on_meta(config.model, len(dataset.classes), fused=False)
-        return PlannedRun(name, flags, config, dataset, 2 * forward_macs(model) / 1e9)
+        model = create_on_meta(config.model, len(dataset.classes), False, config.image_size)
+        return PlannedRun(name, flags, config, dataset, 2 * forward_macs(model, config.image_size) / 1e9)
 
     def _resolve(self, flags: dict[str, Any]) -> tuple[TrainConfig, Dataset]:
         config, dataset = choose_dataset(over_recipe(flags), lambda line: None, self.load)

@@ -7,7 +7,6 @@ import torch
 
 from fastres.config import TrainConfig
 from fastres.data.sizes import image_sizes
-from fastres.data.splits import IMAGE_SIZE
 from fastres.errors import RunError
 from fastres.models import create_on_meta
 from fastres.models.own import explained
@@ -26,19 +25,19 @@ from fastres.training.trainer import AMP_DTYPES, explain_out_of_memory
 MEASURED_FLOP = {"cpu": 1e14, "cuda": 1e16}
 
 
-def flop_an_image(config: TrainConfig, num_classes: int, size: int = IMAGE_SIZE) -> float:
+def flop_an_image(config: TrainConfig, num_classes: int, size: int) -> float:
     """Floating-point operations of training on an image of ``size`` pixels a side: three times those of a forward pass
     (forward, gradient of the input, gradient of the weight), of convolutions and linear layers; a multiply-add is
     two."""
-    return 3 * 2 * forward_macs(create_on_meta(config.model, num_classes, fused=False), size)
+    return 3 * 2 * forward_macs(create_on_meta(config.model, num_classes, False, config.image_size), size)
 
 
 def describe_model(config: TrainConfig, num_classes: int) -> str:
     """A line on a model that is not fastres' own: its size, and the layers that the limit leaves out."""
-    model = create_on_meta(config.model, num_classes, bool(config.fused))
+    model = create_on_meta(config.model, num_classes, bool(config.fused), config.image_size)
     with explained(config.model, "cannot be counted on the meta device"):
-        macs = [forward_macs(model, size) for size, _ in image_sizes(config.image_size_schedule)]
-        step_kernels(model, config.batch_size, AMP_DTYPES[config.amp])
+        macs = [forward_macs(model, size) for size, _ in image_sizes(config.image_size_schedule, config.image_size)]
+        step_kernels(model, config.batch_size, AMP_DTYPES[config.amp], config.image_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     unknown = unknown_layers(model)
     left_out = f"; the limit leaves out {', '.join(unknown)}" if unknown else ""
@@ -68,7 +67,7 @@ def share_of_limit(
         sum(machine.flops_per_second for machine in rates) / len(rates),
         sum(machine.bytes_per_second for machine in rates) / len(rates),
     )
-    model = create_on_meta(config.model, num_classes)
+    model = create_on_meta(config.model, num_classes, image_size=config.image_size)
     kernels = {size: step_kernels(model, config.batch_size, AMP_DTYPES[config.amp], size) for size in steps}
     return sum(count * limit_seconds(kernels[size], mean) for size, count in steps.items()) / seconds
 

@@ -146,7 +146,8 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
     loader, loader_why = choose_loader(config.loader, faults.get("loaders", ""))
     files_each_epoch = dataset.train.encoded and config.decode == "every-epoch"
     if loader == "dali" and device.type == "cuda" and not files_each_epoch:
-        kept = "on the GPU" if pixels_on_gpu(images, device) else "in host memory, over a quarter of the GPU's free"
+        fits = pixels_on_gpu(images, device, config.image_size)
+        kept = "on the GPU" if fits else "in host memory, over a quarter of the GPU's free"
         loader_why += f"; pixels stay {kept}"
     warmup_epochs = config.warmup_epochs
     if warmup_epochs is None:

@@ -67,7 +67,13 @@ class Run:
 
         torch.manual_seed(config.seed)
         model = create_model(
-            config.model, len(dataset.classes), config.zero_gamma, bool(config.fused), config.sync_bn, config.init
+            config.model,
+            len(dataset.classes),
+            config.zero_gamma,
+            bool(config.fused),
+            config.sync_bn,
+            config.init,
+            config.image_size,
         )
         images = len(dataset.train)
         steps = steps_per_epoch(config, images)
@@ -121,7 +127,8 @@ class Run:
     def steps_of_sizes(self, epochs: int) -> dict[int, int]:
         """The steps of the first ``epochs`` epochs by the size of their images."""
         steps = self.trainer.steps_per_epoch
-        return steps_of_sizes(self.config.image_size_schedule, self.config.epochs * steps, epochs * steps)
+        config = self.config
+        return steps_of_sizes(config.image_size_schedule, config.epochs * steps, epochs * steps, config.image_size)
 
     def flop(self, epochs: int) -> float:
         """Floating-point operations of training in the first ``epochs`` epochs."""
@@ -142,11 +149,12 @@ class Run:
         steps = self.trainer.steps_per_epoch
 
         def plan(epoch: int) -> EpochPlan:
-            whole = training_plan(config.seed, epoch, images, config.augmentation)
+            whole = training_plan(config.seed, epoch, images, config.augmentation, config.image_size)
             if config.image_size_schedule == "none":
                 return whole
             step = epoch * steps + np.arange(images) // config.batch_size
-            return resized(whole, size_of_steps(config.image_size_schedule, step, config.epochs * steps))
+            total, full = config.epochs * steps, config.image_size
+            return resized(whole, size_of_steps(config.image_size_schedule, step, total, full), full)
 
         with self.clock.phase("data"):
             return self._loader(self.dataset.train, plan, config.batch_size, config.drop_last)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastres.config import DATASET_DEFAULTS, ENGINE, TrainConfig, check_effect, over_recipe
 from fastres.data.datasets import load_dataset
+from fastres.data.eager import mean_and_std
 from fastres.data.plan import mixes
 from fastres.data.splits import Dataset
 from fastres.errors import UserError, named
@@ -56,8 +57,8 @@ class Saved:
     asked: TrainConfig
     config: TrainConfig
     class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: Any
+    std: Any
 
     @property
     def settings(self) -> TrainConfig:
@@ -128,6 +129,10 @@ def _choose(
         check_effect(flags)
         settings = over_recipe(flags)
     asked, dataset = choose_dataset(settings, say, load_dataset)
+    if asked.normalize == "dataset":
+        mean, std = (saved.mean, saved.std) if saved else mean_and_std(dataset.train)
+        dataset = replace(dataset, mean=mean, std=std)
+        say(f"mean {' '.join(f'{x:.4f}' for x in mean)} and std {' '.join(f'{x:.4f}' for x in std)} of its channels")
     config, line = resolve(asked, dataset)
     say(line)
     if mixes(config.augmentation):
@@ -150,7 +155,7 @@ def choose_dataset(
 ) -> tuple[TrainConfig, Dataset]:
     """The dataset that ``settings`` name, and the config of ``settings`` over the dataset's defaults."""
     config = TrainConfig(**settings)  # checks the values before a dataset is read
-    dataset, line = load(config.dataset, config.data_dir, config.classes, config.skip_bad_images)
+    dataset, line = load(config.dataset, config.data_dir, config.classes, config.skip_bad_images, config.image_size)
     say(f"dataset: {line}")
     if config.train_fraction < 1:
         dataset = dataset.sample(config.train_fraction, config.seed)

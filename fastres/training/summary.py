@@ -8,7 +8,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from fastres.config import ENGINE
-from fastres.data.splits import IMAGE_SIZE
 from fastres.machine import commit, device_name, peak_memory_mb, versions
 from fastres.training import distributed
 from fastres.training.cost import share_of_limit
@@ -25,7 +24,7 @@ def summarize(run: "Run") -> dict[str, Any]:
     seconds = cumulative_seconds(history)
     speed = median(row["images_per_second"] for row in history)
     flop, classes = run.flop(len(history)), run.dataset.classes
-    epoch_flop = run.images_per_epoch * run.flop_an_image[IMAGE_SIZE]
+    epoch_flop = run.images_per_epoch * run.flop_an_image[config.image_size]
     limit = share_of_limit(config, len(classes), run.steps_of_sizes(len(history)), seconds[-1], run.rates)
     peak_memory = peak_memory_mb(trainer.device)
     evaluation = run.evaluate_weights(config.select)

@@ -16,7 +16,6 @@ from fastres.data import Loader
 from fastres.data.mixing import larger_part
 from fastres.data.plan import mixes
 from fastres.data.sizes import image_sizes
-from fastres.data.splits import IMAGE_SIZE
 from fastres.errors import RunError
 from fastres.training import distributed
 from fastres.training.casts import with_cast_weights
@@ -109,11 +108,11 @@ class Trainer:
         values, scaler = [tensor.clone() for tensor in tensors], self.scaler.state_dict()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             with explain_out_of_memory("--batch-size", self.config.batch_size):
-                for size, _ in image_sizes(self.config.image_size_schedule):
+                for size, _ in image_sizes(self.config.image_size_schedule, self.config.image_size):
                     self._warm_up(self.config.batch_size, size, training=True)
             if evaluation:
                 with explain_out_of_memory("--eval-batch-size", self.config.eval_batch_size):
-                    self._warm_up(self.config.eval_batch_size, IMAGE_SIZE, training=False)
+                    self._warm_up(self.config.eval_batch_size, self.config.image_size, training=False)
         for tensor, value in zip(tensors, values, strict=True):
             tensor.copy_(value)  # in place, at the address that a graph uses
         self.scaler.load_state_dict(scaler)

@@ -11,7 +11,8 @@ import torch
 from PIL import ExifTags, Image
 from torchvision.transforms import functional as F
 
-from fastres.data import choose_loader, create_loader
+from fastres.data import _split, choose_loader, create_loader
+from fastres.data.eager import mean_and_std
 from fastres.data.image_folder import decode_image, folder
 from fastres.data.plan import EpochPlan, evaluation_plan, resized, training_plan
 from fastres.data.splits import CIFAR10_MEAN, CIFAR10_STD, Dataset, Split
@@ -50,17 +51,19 @@ def reference(dataset: Dataset, split: Split, plan: EpochPlan) -> np.ndarray:
     out = []
     for i, index in enumerate(plan.order):
         image = split.images[index]
+        full = len(image)
+        around = ((full // 8, full // 8), (full // 8, full // 8), (0, 0))
         if plan.crop is not None:
-            top, left = plan.crop[i] + 4
-            image = np.pad(image, ((4, 4), (4, 4), (0, 0)))[top : top + 32, left : left + 32]
+            top, left = plan.crop[i] + full // 8
+            image = np.pad(image, around)[top : top + full, left : left + full]
         if plan.reflectcrop is not None:
-            top, left = plan.reflectcrop[i] + 4
-            image = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect")[top : top + 32, left : left + 32]
+            top, left = plan.reflectcrop[i] + full // 8
+            image = np.pad(image, around, mode="reflect")[top : top + full, left : left + full]
         if plan.flip is not None and plan.flip[i]:
             image = image[:, ::-1]
         image = (image / 255.0 - dataset.mean) / dataset.std
         if plan.size is not None:
-            weights = triangles(plan.size[i])
+            weights = triangles(plan.size[i], full)
             image = np.einsum("yh,xw,hwc->yxc", weights, weights, image)
         for box in (plan.cutout, plan.erasing):
             if box is not None:
@@ -70,14 +73,14 @@ def reference(dataset: Dataset, split: Split, plan: EpochPlan) -> np.ndarray:
     return np.stack(out) if plan.size is None else out
 
 
-def triangles(size: int) -> np.ndarray:
-    """The weights [size, 32] of bilinear interpolation whose filter is as wide as the scale (antialiased), with the
+def triangles(size: int, full: int) -> np.ndarray:
+    """The weights [size, full] of bilinear interpolation whose filter is as wide as the scale (antialiased), with the
     border's values beyond the border."""
-    scale = 32 / size
-    pixels = np.arange(-32, 64)
+    scale = full / size
+    pixels = np.arange(-full, 2 * full)
     distance = np.abs(pixels + 0.5 - (np.arange(size)[:, None] + 0.5) * scale)
-    weights = np.zeros((size, 32))
-    np.add.at(weights.T, pixels.clip(0, 31), np.maximum(1 - distance / scale, 0).T)
+    weights = np.zeros((size, full))
+    np.add.at(weights.T, pixels.clip(0, full - 1), np.maximum(1 - distance / scale, 0).T)
     return weights / weights.sum(1, keepdims=True)
 
 
@@ -149,6 +152,38 @@ def test_batches_of_smaller_images(name, device, arrays):
     images = [image for batch in batches for image in batch]
     for ours, expected in zip(images, reference(arrays, arrays.train, plan), strict=True):
         np.testing.assert_allclose(ours, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("steps", ["crop-flip-cutout-erasing", "reflectcrop"])
+@pytest.mark.parametrize("name", LOADERS)
+def test_batches_of_larger_images(name, steps, device, arrays, rng):
+    split = _split(rng.integers(0, 256, (20, 40, 40, 3), np.uint8), np.arange(20))
+    plan = training_plan(5, 0, 20, steps, image_size=40)
+    column = plan.crop if plan.reflectcrop is None else plan.reflectcrop
+    assert (column.min(), column.max()) == (-5, 5)
+    if plan.cutout is not None:
+        assert plan.cutout[:, 2:].max() == 20
+        assert (plan.cutout[:, :2] + plan.cutout[:, 2:]).max() == 40
+    for smaller in (plan, resized(plan, np.repeat([16, 40], 10).astype(np.int32), 40)):
+        batches = make_loader(name, split, lambda epoch, plan=smaller: plan, arrays, 10, device).epoch(0)
+        images = [image.cpu() for batch, _ in batches for image in batch]
+        for ours, expected in zip(images, reference(arrays, split, smaller), strict=True):
+            np.testing.assert_allclose(ours, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("decode", ["once", "every-epoch"])
+@pytest.mark.parametrize("name", LOADERS)
+def test_files_are_resized_to_the_size_asked_for(name, decode, arrays, tmp_path):
+    """As Pillow resizes them, to within the three levels by which decoders of JPEG files differ, and rounding."""
+    root = write_folder(tmp_path, arrays, size=40)
+    split = folder(root, size=64).train
+    assert (split.size, split.resize, folder(root, size=40).train.resize) == (64, True, False)
+    loader = make_loader(name, split, lambda epoch: evaluation_plan(60), arrays, decode=decode)
+    whole = epoch_of(loader)[0] * torch.tensor(arrays.std)[:, None, None] + torch.tensor(arrays.mean)[:, None, None]
+    files = [decode_image(file).resize((64, 64), Image.Resampling.BILINEAR) for file in split.images]
+    expected = torch.from_numpy(np.stack([np.asarray(file) for file in files])).permute(0, 3, 1, 2)
+    assert (whole * 255 - expected).abs().max() < 4.6
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -455,3 +490,12 @@ def test_without_dali_the_choice_is_said(monkeypatch):
     assert "DALI does not import" in why
     with pytest.raises(UserError, match=r"--loader dali.*pip install"):
         choose_loader("dali")
+
+
+def test_mean_and_std_of_the_channels(arrays, image_folder):
+    pixels = arrays.train.images.reshape(-1, 3) / 255
+    ours = mean_and_std(arrays.train)
+    np.testing.assert_allclose(ours, [pixels.mean(0), pixels.std(0)], rtol=1e-9)
+    np.testing.assert_allclose(mean_and_std(folder(image_folder, size=16).train)[0], ours[0], atol=0.01)
+    black = Split(np.zeros((2, 32, 32, 3), np.uint8), np.arange(2))
+    assert mean_and_std(black) == ((0.0,) * 3, (1.0,) * 3)

@@ -125,8 +125,8 @@ def with_other_statistics(model):
 
 
 def assert_same_function(ours, theirs):
-    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    for mode in (False, True):
+    for size, mode in ((32, False), (32, True), (64, False)):
+        images = torch.randn(3, 3, size, size, dtype=torch.float64)
         torch.testing.assert_close(ours.double().train(mode)(images), theirs.double().train(mode)(images))
     ours, theirs = dict(ours.named_buffers()), dict(theirs.named_buffers())  # the running statistics moved alike
     for name, buffer in ours.items():
