@@ -1,4 +1,4 @@
-"""The command ``fastres``: train, profile, compare, study, doctor."""
+"""The command ``fastres``: train, predict, export, profile, compare, study, doctor."""
 
 import importlib
 import sys
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "train a model, or evaluate a finished run again",
+    "predict": "print the classes of image files by a trained model",
+    "export": "write a trained model as a file that needs PyTorch alone",
     "profile": "measure what each step from eager PyTorch to fastres gains",
     "compare": "tell whether groups of runs differ, and what they cost",
     "doctor": "check every fast part on this machine",

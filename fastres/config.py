@@ -123,6 +123,12 @@ class TrainConfig:
         "default",
         tuple(INITS),
     )
+    initial_checkpoint: Path | None = flag(
+        "Model",
+        "folder of a finished run, from whose weights to begin; with a new last layer if its classes are others; "
+        "auto: none",
+        None,
+    )
     fused: bool | None = flag(
         "Model",
         "fused BatchNorm-(add-)ReLU operator instead of torch's modules; auto: where its kernels can run",
@@ -313,9 +319,8 @@ def over_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**RECIPES[recipe](model), **given}
 
 
-def check_effect(given: Mapping[str, Any]) -> None:
-    """Refuses a flag among those ``given`` for a new run that changes nothing without another flag."""
-    settings = over_recipe(given)
+def check_effect(given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuses a flag among those ``given`` for a new run of ``settings`` that changes nothing without another flag."""
     schedule = settings.get("schedule", TrainConfig.schedule)
     for name, acts, needed in (
         ("milestones", schedule == "multistep", "--schedule multistep"),

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import tomllib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -55,6 +56,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The parsed content of the file. Raises UserError, which the caller names the file in, if that is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"not readable as TOML ({first_line(error)})") from error
 
 
 def make_folder(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """python -m fastres.train: trains a model, or evaluates a finished run again."""
 
+import json
 import os
 import signal
 import sys
@@ -9,30 +10,48 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastres.config import WEIGHTS, TrainConfig
 from fastres.errors import UserError
-from fastres.fields import path, read_fields
+from fastres.fields import as_json, path, read_fields
 from fastres.files import read_json
 from fastres.flags import STOP_WITH_STDIN, Parser, add_flags, open_console, run_command, terminate_with_stdin
+from fastres.report.gallery import draw_gallery
 from fastres.report.plots import plot_curves
 from fastres.report.tables import class_table, summary_table
 from fastres.training import distributed
 from fastres.training.clock import Clock, process_age
 from fastres.training.history import Row
-from fastres.training.run import Run
+from fastres.training.run import OnStep, Run
 from fastres.training.start import open_run
+
+OnEpoch = Callable[[Row], object]
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.train") -> int:
     """Runs the command line and returns its exit code, which ``run_command`` describes."""
     parser = Parser(prog, description=__doc__)
     add_flags(parser, TrainConfig)
+    parser.add_argument(
+        "--config",
+        type=path,
+        metavar="FILE",
+        help="settings of a new run, which flags override: a run's config.json, or a TOML file of flags",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the settings of a new run as such a TOML file, and end"
+    )
     actions = parser.add_argument_group("Instead of a new run").add_mutually_exclusive_group()
     actions.add_argument("--resume", type=path, metavar="PATH", help="go on with the run of this folder or last.pt")
     actions.add_argument("--eval", type=path, metavar="RUN", help="test the weights of this run's folder again")
+    parser.add_argument(
+        "--gallery",
+        action="store_true",
+        help="with --eval: also draw the most confident mistakes and the confusion matrix",
+    )
     parser.add_argument("--weights", choices=WEIGHTS, help="with --eval: of which epoch; default: the run's --select")
     clock = Clock(process_age() if arguments is None else 0.0)
 
@@ -43,23 +62,40 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.
 
         def command() -> None:
             flags = distributed.on_rank_0(parser.parse_flags, arguments)
-            resume, finished, weights = flags.pop("resume"), flags.pop("eval"), flags.pop("weights")
+            resume, finished, weights, gallery = (flags.pop(key) for key in ("resume", "eval", "weights", "gallery"))
+            file, print_config = flags.pop("config"), flags.pop("print_config")
             console = open_console(quiet=rank > 0)
             with distributed.explain_lost_process():
+                if (resume or finished) and (file or print_config):
+                    raise UserError(f"{'--config' if file else '--print-config'}: is for a new run; leave it off")
                 if finished:
-                    evaluate(finished, flags, weights, console)
+                    evaluate(finished, flags, weights, gallery, console)
                 elif weights:
                     raise UserError(f"--weights {weights}: needs --eval; a new run has --select")
+                elif gallery:
+                    raise UserError("--gallery: needs --eval and the folder of a finished run")
+                elif print_config:
+                    run = open_run(flags, file=file)
+                    console.print("\n".join(as_toml(run.asked, run.config)))
                 else:
-                    train(flags, resume, console, clock)
+                    train(flags, resume, file, console, clock)
 
         return run_command(parser.prog, command, rank)
 
 
-def train(flags: dict[str, Any], resume: Path | None, console: Console, clock: Clock) -> dict[str, Any]:
-    """Trains a run of ``flags``, or the rest of the run ``resume``, and returns the summary."""
-    run = open_run(flags, resume, say=console.print, clock=clock)
-    summary = show_progress(run, console)
+def train(
+    flags: dict[str, Any],
+    resume: Path | None,
+    file: Path | None,
+    console: Console,
+    clock: Clock,
+    on_step: OnStep | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> dict[str, Any]:
+    """Trains a run of ``flags`` over the settings in ``file``, or the rest of the run ``resume``, and returns the
+    summary."""
+    run = open_run(flags, resume, file=file, say=console.print, clock=clock)
+    summary = show_progress(run, console, on_step, on_epoch)
     if distributed.rank() == 0:
         picture = plot_curves(run.folder, f"{summary['model']} on {summary['dataset']}")
         console.print(summary_table(summary))
@@ -68,33 +104,69 @@ def train(flags: dict[str, Any], resume: Path | None, console: Console, clock: C
     return summary
 
 
-def fit(*, resume: str | Path | None = None, quiet: bool = False, **settings: Any) -> dict[str, Any]:
+def fit(
+    *,
+    resume: str | Path | None = None,
+    config: str | Path | None = None,
+    quiet: bool = False,
+    on_step: OnStep | None = None,
+    on_epoch: OnEpoch | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
     """Trains as ``python -m fastres.train`` does, and returns the content of the run's summary.json.
 
         fastres.fit(model="resnet18", dataset="cifar10", epochs=10)["last_accuracy"]
 
     Args:
         resume: the folder or last.pt of a run to go on with.
+        config: a run's config.json, or a TOML file of flags, whose settings ``settings`` override.
         quiet: print nothing.
+        on_step: called after every step with its number in the run, from 1, and its loss, a scalar tensor on the
+            device, which the next step may overwrite; to read it makes a GPU's host wait.
+        on_epoch: called after every epoch, its evaluation and its checkpoint with the new row of history.csv, a dict.
+            Under torchrun both are called on rank 0 only, outside of the training's clock.
         settings: the command's flags, with underscores; ``output_dir`` is the run's folder.
     """
-    return train(
-        read_fields(TrainConfig, settings), path(str(resume)) if resume else None, open_console(quiet), Clock()
-    )
+    given = read_fields(TrainConfig, settings)
+    resumed, file = (path(str(name)) if name else None for name in (resume, config))
+    if resumed and file:
+        raise UserError("config: is for a new run; leave it or resume off")
+    return train(given, resumed, file, open_console(quiet), Clock(), on_step, on_epoch)
 
 
-def show_progress(run: Run, console: Console) -> dict[str, Any]:
+def show_progress(
+    run: Run, console: Console, on_step: OnStep | None = None, on_epoch: OnEpoch | None = None
+) -> dict[str, Any]:
     """Trains with a progress bar and a line for each epoch. SIGINT and SIGTERM stop the run after the step."""
     with progress_bar(console) as progress:
+        on_rank_0 = distributed.rank() == 0
 
-        def on_epoch(row: Row) -> None:
+        def after_step(step: int, loss: torch.Tensor) -> None:
+            progress.advance(task)
+            if on_step and on_rank_0:
+                on_step(step, loss)
+
+        def after_epoch(row: Row) -> None:
+            if on_epoch and on_rank_0:
+                on_epoch(dict(row))
             progress.console.print(epoch_line(row, run.config.epochs))
             progress.reset(task, description=f"epoch {row['epoch'] + 1}", visible=row["epoch"] < run.config.epochs)
 
         done = run.epoch.steps if run.epoch else 0
         task = progress.add_task(f"epoch {len(run.history) + 1}", total=len(run.train_loader), completed=done)
         with catch_signals() as signalled:
-            return run.fit(lambda: progress.advance(task), on_epoch, signalled)
+            return run.fit(after_step, after_epoch, signalled)
+
+
+def as_toml(asked: TrainConfig, chosen: TrainConfig) -> Iterator[str]:
+    """The settings ``asked`` for, a line of TOML each, with what was ``chosen`` for an auto in a comment."""
+    for name, value in as_json(asked).items():
+        now = json.dumps(as_json(chosen)[name], ensure_ascii=False)
+        if value is None:
+            yield f"# {name}: auto" + (f", here {now}" if now != "null" else "")
+        else:
+            text = json.dumps(value, ensure_ascii=False)
+            yield f"{name} = {text}" + (f"  # here {now}" if now != text else "")
 
 
 @contextmanager
@@ -122,14 +194,19 @@ def catch_signals() -> Iterator[Callable[[], int]]:
                 signal.signal(number, handler)
 
 
-def evaluate(folder: Path, flags: dict[str, Any], weights: str | None, console: Console) -> None:
+def evaluate(folder: Path, flags: dict[str, Any], weights: str | None, gallery: bool, console: Console) -> None:
     """Prints the test loss and accuracy of the weights in ``folder`` beside those that the run recorded."""
+    if gallery and distributed.world_size() > 1:
+        raise UserError("--gallery: is drawn in one process; start it without torchrun")
     weights, loss, accuracy = distributed.on_rank_0(recorded, folder, weights)
     run = open_run(flags, finished=folder, say=console.print)
     evaluation = run.evaluate_weights(weights)
     console.print(f"weights of the {weights} epoch")
     console.print(f"test loss     {evaluation.loss:.6f}   recorded {loss:.6f}")
     console.print(f"test accuracy {evaluation.accuracy:.2f} %   recorded {accuracy:.2f} %")
+    if gallery:
+        for picture in draw_gallery(run, evaluation.confusion):
+            console.print(f"picture: {picture}")
     if run.config.tta:
         console.print(f"with mirrored images {run.evaluate_weights(weights, mirrored=True).accuracy:.2f} %")
 

@@ -32,6 +32,23 @@ def test_every_public_name_is_there_and_documented():
         _ = fastres.trainer
 
 
+def test_callbacks_of_fit(settings, tmp_path):
+    steps, rows = [], []
+    summary = fastres.fit(
+        **settings,
+        quiet=True,
+        on_step=lambda step, loss: steps.append((step, loss.item())),
+        on_epoch=lambda row: rows.append(row) or row.clear(),  # it is the caller's
+    )
+    assert [step for step, _ in steps] == [1, 2, 3, 4, 5, 6]
+    assert [loss for _, loss in steps[:3]] == summary["first_losses"][:3]
+    assert len(rows) == summary["epochs"] == 2
+    again = fastres.fit(config=tmp_path / "run/config.json", output_dir=tmp_path / "again", seed=1, quiet=True)
+    assert (again["seed"], again["epochs"]) == (1, 2)
+    with pytest.raises(UserError, match="config: is for a new run"):
+        fastres.fit(config=tmp_path / "run/config.json", resume=tmp_path / "run")
+
+
 @pytest.fixture
 def settings(image_folder, tmp_path):
     return {
@@ -118,9 +135,7 @@ def test_the_command(capsys, tmp_path):
     assert main(["--help"]) == 0
     assert "fastres study" in capsys.readouterr().out
     assert main(["trian"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "fastres: error: unknown command 'trian'; choose from train, profile, compare, doctor, study\n"
-    )
+    choices = "train, predict, export, profile, compare, doctor, study"
+    assert capsys.readouterr().err == f"fastres: error: unknown command 'trian'; choose from {choices}\n"
     assert main(["train", "--resume", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("fastres train: error: --resume ")

@@ -24,10 +24,10 @@ LAYERS = (  # from the bottom; a module may import from its own layer and from t
     ("training", "profiling"),
     ("report", "trained"),
     ("studies.plan", "studies.estimate", "studies.execute"),
-    ("train", "study", "profile", "compare", "doctor"),
+    ("train", "predict", "export", "study", "profile", "compare", "doctor"),
     ("__main__",),
 )
-COMMANDS = {"train", "study", "profile", "compare", "doctor"}
+COMMANDS = {"train", "predict", "export", "study", "profile", "compare", "doctor"}
 
 
 def module_name(path: Path) -> str:

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -320,6 +321,62 @@ def test_the_classes_by_accuracy(command_line, flags, tmp_path):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     below = command_line.out.split("accuracy by class, last epoch")[1]
     assert f"{min(summary['per_class_accuracy'].values()):.2f} %" in below.splitlines()[2]
+
+
+def test_settings_from_a_file(command_line, flags, tmp_path):
+    run = tmp_path / "run"
+    assert command_line(*flags, "--label-smoothing", 0.1, "--amp", "auto") == 0
+    config = json.loads((run / "config.json").read_text())
+    assert command_line("--config", run / "config.json", "--seed", 2, "--output-dir", tmp_path / "second") == 0
+    second = json.loads((tmp_path / "second/config.json").read_text())
+    own = {"seed": 2, "output_dir": str(tmp_path / "second")}
+    assert second["asked"] == config["asked"] | own
+    assert second["asked"]["amp"] == "auto"  # chosen anew
+    assert second["chosen"].get("amp") == config["chosen"].get("amp")
+
+    toml = tmp_path / "settings.toml"
+    toml.write_text(f'label-smoothing = 0.2\nbatch_size = 10\nlr = 0.5\noutput_dir = "{tmp_path}/no"\nrecipe = "fast"')
+    assert command_line(*flags[:-2], "--lr", 0.01, "--config", toml, "--print-config") == 0
+    printed = tomllib.loads(command_line.out)
+    assert [printed[name] for name in ("label_smoothing", "batch_size", "lr")] == [0.2, 20, 0.01]
+    assert printed["optimizer"] == "muon"  # flags, file, recipe
+    assert "# output_dir: auto\n" in command_line.out
+    assert 'device = "cpu"\n' in command_line.out
+    assert 'loader = "auto"  # here "dali"\n' in command_line.out
+    assert not (tmp_path / "no").exists()
+    printed_file = tmp_path / "printed.toml"
+    printed_file.write_text(command_line.out)
+    again = command_line.out
+    assert command_line("--config", printed_file, "--print-config") == 0
+    assert command_line.out == again
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.toml", "lr = ", "a.toml: not readable as TOML"),
+        ("a.toml", "l = 1", "a.toml: unknown key l; did you mean"),
+        ("a.toml", "lr = -1", "--lr -1: must be above 0"),
+        ("a.toml", 'lr = "a"', "a.toml: lr: must be a number, not 'a'"),
+        ("none.toml", None, "none.toml: not readable as TOML"),
+        ("none.json", None, "none.json: not readable as JSON"),
+        ("a.json", "{}", "a.json: asked: is missing"),
+        ("a.toml", 'model = "os:getcwd"', "a function is imported only where it is given"),
+    ],
+)
+def test_bad_files_of_settings(name, content, message, command_line, flags, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert message in command_line.one_line("--config", tmp_path / name, *flags[2:10])
+
+
+def test_a_file_of_settings_is_for_a_new_run(command_line, flags, tmp_path):
+    assert command_line(*flags) == 0
+    for action in ("--resume", "--eval"):
+        for flag in (["--config", tmp_path / "run/config.json"], ["--print-config"]):
+            assert f"{flag[0]}: is for a new run; leave it off" in command_line.one_line(
+                action, tmp_path / "run", *flag
+            )
 
 
 def test_renamed_classes(command_line, flags, image_folder, tmp_path):

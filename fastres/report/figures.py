@@ -21,6 +21,7 @@ CURVES = "Accuracy and loss against epoch"
 COLORS = list(colors.TABLEAU_COLORS)
 FEW_EPOCHS = 30  # up to here a point is marked at each
 CONFUSION_COLUMNS = 3
+MOST_NUMBERS = 20  # classes of a confusion matrix whose cells have numbers
 MAX_NAME = 100  # characters of a figure's file name that come from its title
 NOTE: dict[str, Any] = {"fontsize": "small", "color": "0.4"}
 
@@ -122,29 +123,40 @@ def pareto(results: list[Results], note: str = "") -> Figure:
     return figure
 
 
+def side_of(classes: list[str]) -> float:
+    """Inches a side of a confusion matrix of ``classes``."""
+    return max(3.6, 0.55 * len(classes)) if len(classes) <= MOST_NUMBERS else min(0.2 * len(classes), 20)
+
+
+def draw_confusion(axes: Axes, counts: np.ndarray, classes: list[str], title: str) -> None:
+    """The percentage of each true class that was taken for each class; ``counts[true][predicted]`` are images."""
+    size, turn = ("medium", 0) if len(classes) <= 5 else ("x-small", 90)
+    percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    for (true, predicted), value in np.ndenumerate(percent):
+        if len(classes) <= MOST_NUMBERS:
+            color = "white" if value > 60 else "0.2"
+            axes.text(predicted, true, f"{value:.1f}", ha="center", va="center", color=color, fontsize=size)
+    axes.set_xticks(range(len(classes)), classes, rotation=turn, fontsize=size)
+    axes.set_yticks(range(len(classes)), classes, fontsize=size)
+    axes.set_title(title, fontsize="medium")
+    axes.set(xlabel="predicted", ylabel="true, % of its images")
+    axes.grid(False)
+    axes.spines[:].set_visible(True)
+
+
 def confusion(results: list[Results], note: str) -> Figure:
     """Of each run, summed over seeds: the percentage of each true class that was taken for each class."""
     columns = min(len(results), CONFUSION_COLUMNS)
     rows = -(-len(results) // columns)
     classes = list(results[0].summaries[0]["per_class_accuracy"])
-    size, turn = ("medium", 0) if len(classes) <= 5 else ("x-small", 90)
-    side = max(3.6, 0.55 * len(classes))
+    side = side_of(classes)
     figure = Figure(figsize=(side * columns, (side + 0.2) * rows), layout="constrained")
     figure.suptitle(note, **NOTE)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, result in zip(grid.flat, results, strict=False):
         counts = np.sum([summary["confusion_matrix"] for summary in result.summaries], axis=0)
-        percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
-        axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
-        for (true, predicted), value in np.ndenumerate(percent):
-            color = "white" if value > 60 else "0.2"
-            axes.text(predicted, true, f"{value:.1f}", ha="center", va="center", color=color, fontsize=size)
-        axes.set_xticks(range(len(classes)), classes, rotation=turn)
-        axes.set_yticks(range(len(classes)), classes)
-        axes.set_title(result.label, fontsize="medium")
-        axes.set(xlabel="predicted", ylabel="true, % of its images")
-        axes.grid(False)
-        axes.spines[:].set_visible(True)
+        draw_confusion(axes, counts, classes, result.label)
     for axes in grid.flat[len(results) :]:
         axes.set_axis_off()
     return figure

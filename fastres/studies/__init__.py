@@ -17,7 +17,6 @@ A file holds::
 """
 
 import os
-import tomllib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from fastres.data.plan import with_steps
 from fastres.errors import UserError, named
 from fastres.fields import check_names, read_fields, read_table
 from fastres.fields import path as path_of
+from fastres.files import read_toml
 
 BUILT_IN = Path(__file__).parent
 METRICS = (
@@ -169,12 +169,8 @@ def load_study(name: str, ablate: bool = False) -> Study:
     path = path_of(name) if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
     if not path.is_file():
         raise UserError(f"{name}: no such study; choose from {', '.join(list_studies())}, or give a .toml file")
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as TOML ({error})") from error
     with named(path):
-        return build(path.stem, read_table(StudyFile, content), ablate)
+        return build(path.stem, read_table(StudyFile, read_toml(path)), ablate)
 
 
 def build(name: str, file: StudyFile, ablate: bool = False) -> Study:

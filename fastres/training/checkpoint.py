@@ -3,7 +3,7 @@
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +35,11 @@ def save_weights(model: torch.nn.Module, path: Path) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Loads the safetensors file at ``path`` into ``model``; refuses a damaged file and another model's."""
+def load_weights(model: torch.nn.Module, path: Path, but: Sequence[str] = ()) -> None:
+    """Loads the safetensors file at ``path`` into ``model``; refuses a damaged file and another model's.
+
+    but: names of tensors that ``model`` keeps.
+    """
     try:
         content = path.read_bytes()  # safe_open takes only paths that are UTF-8
         state = load(content)
@@ -44,7 +47,8 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         recorded = header.get("__metadata__", {}).get("crc32")  # files from elsewhere have none
         damaged = recorded not in (None, checksum(state))
         if not damaged:
-            model.load_state_dict(state)
+            own = model.state_dict()
+            model.load_state_dict({**state, **{name: own[name] for name in but}})
     except Exception as error:  # safetensors and torch raise OSError, SafetensorError, RuntimeError, ...
         raise UserError(f"{path}: does not hold weights of this model ({first_line(error)})") from error
     if damaged:

@@ -34,6 +34,7 @@ from fastres.training.history import Row, best_row, target_row
 from fastres.training.summary import summarize
 from fastres.training.trainer import Trainer
 
+OnStep = Callable[[int, torch.Tensor], object]
 WRITES = (
     "config.json", "history.csv", "history.pkl", "summary.json", "curves.png", "best.safetensors", "last.safetensors",
     "last.pt",
@@ -161,12 +162,14 @@ class Run:
 
     def fit(
         self,
-        on_step: Callable[[], None] = lambda: None,
+        on_step: OnStep = lambda step, loss: None,
         on_epoch: Callable[[Row], None] = lambda row: None,
         signalled: Callable[[], int] = lambda: 0,
     ) -> dict[str, Any]:
         """Trains to the last epoch, writing to the run's folder after each, and returns the summary.
 
+        ``on_step`` is called after every step with its number in the run, from 1, and its loss, a scalar on the device
+        that the next step may overwrite; ``on_epoch`` with the new row of history.csv.
         ``signalled`` is called after every step: a signal's number other than 0 saves the run and raises Interrupted.
         Raises RunError for a NaN or infinite loss, too little memory, a full disk, or a process of the job that died.
         """
@@ -223,15 +226,15 @@ class Run:
             raise UserError(f"--output-dir {folder}: already holds a run; choose another folder, or --resume {folder}")
         return folder
 
-    def _train(self, epoch: Epoch, loader: Loader, on_step: Callable[[], None], signalled: Callable[[], int]) -> Epoch:
+    def _train(self, epoch: Epoch, loader: Loader, on_step: OnStep, signalled: Callable[[], int]) -> Epoch:
         """Trains on the rest of ``epoch``, saves within it as asked, and returns the joint epoch of all processes."""
         every = self.config.checkpoint_steps
 
         def after_step() -> None:
-            on_step()
+            step = epoch.number * len(loader) + epoch.steps
+            on_step(step, self.trainer.loss)
             asked = time.perf_counter()
             minutes = (time.monotonic() - self.last_save_time) / 60
-            step = epoch.number * len(loader) + epoch.steps
             due = 0 < self.config.checkpoint_minutes <= minutes or (every > 0 and step % every == 0)
             # processes see a signal at different steps and have different clocks, but must save at the same step
             signal_number, save = distributed.max_over_processes(signalled(), due)

@@ -5,17 +5,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastres.config import DATASET_DEFAULTS, ENGINE, TrainConfig, check_effect, over_recipe
 from fastres.data.datasets import load_dataset
 from fastres.data.eager import mean_and_std
 from fastres.data.plan import mixes
 from fastres.data.splits import Dataset
 from fastres.errors import UserError, named
-from fastres.fields import as_flag, read_table
-from fastres.files import read_json
+from fastres.fields import as_flag, read_fields, read_table
+from fastres.files import read_json, read_toml
 from fastres.models import register_model
 from fastres.training import distributed
-from fastres.training.checkpoint import read_checkpoint
+from fastres.training.checkpoint import load_weights, read_checkpoint
 from fastres.training.clock import Clock
 from fastres.training.cost import describe_model
 from fastres.training.hardware import resolve, tune_libraries
@@ -79,10 +81,21 @@ def read_saved(record: Any, source: object) -> Saved:
         )
 
 
+def read_config(file: Path) -> dict[str, Any]:
+    """The settings that a run's config.json was asked for, or those of a TOML file of flags, without ``output_dir``."""
+    if file.suffix == ".json":
+        settings = vars(read_saved(read_json(file), file).asked)
+    else:
+        with named(file):
+            settings = read_fields(TrainConfig, read_toml(file))
+    return {name: value for name, value in settings.items() if name != "output_dir"}
+
+
 def open_run(
     flags: dict[str, Any],
     resume: Path | None = None,
     finished: Path | None = None,
+    file: Path | None = None,
     say: Say = lambda line: None,
     clock: Clock | None = None,
 ) -> Run:
@@ -90,6 +103,7 @@ def open_run(
 
     resume: a run's folder or checkpoint to go on from. A job that torchrun restarts goes on from its own folder.
     finished: the folder of a finished run, to evaluate it again.
+    file: of settings for a new run, which ``flags`` override; ``read_config`` reads it.
     say: is called on rank 0 with the lines that tell what was chosen and why.
     clock: of the run; starts now unless it is given.
     """
@@ -99,13 +113,37 @@ def open_run(
         if distributed.rank() > 0:
             register_model(flags["model"])
     with clock.phase("data"):  # which takes nearly all of the time
-        run = distributed.on_rank_0(_choose, flags, resume, finished, say)
-    tune_libraries(run[0].device)
-    return Run(*run, clock)
+        chosen = distributed.on_rank_0(_choose, flags, resume, finished, file, say)
+    config, _, checkpoint, _ = chosen
+    tune_libraries(config.device)
+    run = Run(*chosen, clock)
+    if config.initial_checkpoint and not checkpoint and not finished:
+        with clock.phase("data"):
+            distributed.on_rank_0(_begin_from, config.initial_checkpoint, run, say)
+            distributed.copy_from_rank_0(run.trainer.model.state_dict().values())
+    return run
+
+
+def _begin_from(folder: Path, run: Run, say: Say) -> None:
+    """Loads the weights of the finished run in ``folder``, but for the last layer if its classes are others."""
+    with named(f"--initial-checkpoint {folder}"):
+        saved = read_saved(read_json(folder / "config.json"), "config.json")
+        if saved.config.model != run.config.model and ":" not in saved.config.model + run.config.model:
+            raise UserError(f"is a run of {saved.config.model}, not of {run.config.model}; take that --model")
+        model, classes, new = run.trainer.model, run.dataset.classes, []
+        line = f"begins with the weights of {folder}"
+        if saved.class_names != classes:
+            layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+            if not layers:
+                raise UserError("its classes are others, and this model has no linear layer to begin anew")
+            new = [name for name in model.state_dict() if name.startswith(f"{layers[-1]}.")]
+            line += f", but for a new {layers[-1]} for {len(classes)} other classes"
+        load_weights(model, folder / f"{saved.config.select}.safetensors", but=new)
+    say(line)
 
 
 def _choose(
-    flags: dict[str, Any], resume: Path | None, finished: Path | None, say: Say
+    flags: dict[str, Any], resume: Path | None, finished: Path | None, file: Path | None, say: Say
 ) -> tuple[TrainConfig, Dataset, dict[str, Any] | None, TrainConfig]:
     """The arguments of Run."""
     restart, most_restarts = distributed.restarts()
@@ -126,8 +164,8 @@ def _choose(
             saved = read_saved(read_json(finished / "config.json"), "config.json")
         settings = settings_of_run(finished, saved.settings, flags, EVALUABLE)
     else:
-        check_effect(flags)
-        settings = over_recipe(flags)
+        settings = over_recipe((read_config(file) if file else {}) | flags)
+        check_effect(flags, settings)
     asked, dataset = choose_dataset(settings, say, load_dataset)
     if asked.normalize == "dataset":
         mean, std = (saved.mean, saved.std) if saved else mean_and_std(dataset.train)

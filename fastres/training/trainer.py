@@ -85,6 +85,7 @@ class Trainer:
         elif device.type == "cuda" and config.amp != "off" and not config.compile:  # a compiler fuses the casts itself
             self.forward = with_cast_weights(self.model, AMP_DTYPES[config.amp])
         self.replays: dict[torch.Size, Step] = {}  # the step as a CUDA graph, for batches of a shape
+        self.loss = torch.zeros((), device=device)  # of the last step; a graph's next replay overwrites it
         self.losses: list[torch.Tensor] = []  # of the first steps of the run
         self.waits: list[tuple[Mark, Mark]] = []  # start and end of each wait for a batch since the last settle
         with explain_out_of_memory("--model", config.model):
@@ -153,12 +154,12 @@ class Trainer:
             with explain_out_of_memory("--batch-size", self.config.batch_size):
                 images, labels = self._to_device(images, labels)
                 if replay := self.replays.get(images.shape):
-                    loss, logits = replay(images, labels)
+                    self.loss, logits = replay(images, labels)
                 else:
-                    loss, logits = self._step(images, labels, weight)
+                    self.loss, logits = self._step(images, labels, weight)
             if epoch.number == 0 and epoch.steps < FIRST_STEPS:
-                self.losses.append(loss.clone())
-            epoch.loss_sum += loss * len(labels)
+                self.losses.append(self.loss.clone())
+            epoch.loss_sum += self.loss * len(labels)
             epoch.finite_steps += epoch.loss_sum.isfinite()
             epoch.correct += (logits.argmax(1) == larger_part(labels)).sum()
             epoch.images += len(labels)
@@ -215,16 +216,11 @@ class Trainer:
         return images * len(sizes) / sum(sizes)
 
     @torch.no_grad()
-    def evaluate(self, loader: Loader, epoch: int, mirrored: bool = False) -> Evaluation:
-        """Loss and confusion matrix over the loader's epoch ``epoch`` in all processes, with rank 0's statistics.
-
-        mirrored: by the mean of the probabilities of each image and its mirror image.
-        """
+    def predictions(
+        self, loader: Loader, epoch: int, mirrored: bool = False
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Images, labels and float32 logits of each batch, on the device; ``mirrored`` as in ``evaluate``."""
         self.model.eval()
-        distributed.copy_from_rank_0(self.model.buffers())
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        counts = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
-        in_top5 = torch.zeros((), dtype=torch.int64, device=self.device)
         for images, labels in loader.epoch(epoch):
             with explain_out_of_memory("--eval-batch-size", self.config.eval_batch_size), self._autocast():
                 images, labels = self._to_device(images, labels)
@@ -232,6 +228,19 @@ class Trainer:
                 if mirrored:
                     both = torch.stack([logits, self.predict(images.flip(3)).float()])
                     logits = both.log_softmax(2).logsumexp(0) - math.log(2)
+            yield images, labels, logits
+
+    @torch.no_grad()
+    def evaluate(self, loader: Loader, epoch: int, mirrored: bool = False) -> Evaluation:
+        """Loss and confusion matrix over the loader's epoch ``epoch`` in all processes, with rank 0's statistics.
+
+        mirrored: by the mean of the probabilities of each image and its mirror image.
+        """
+        distributed.copy_from_rank_0(self.model.buffers())
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        counts = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64, device=self.device)
+        in_top5 = torch.zeros((), dtype=torch.int64, device=self.device)
+        for _, labels, logits in self.predictions(loader, epoch, mirrored):
             loss_sum += F.cross_entropy(logits, labels, reduction="sum")
             cell = labels * self.num_classes + logits.argmax(1)
             counts.view(-1).index_add_(0, cell, torch.ones_like(cell))
