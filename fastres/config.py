@@ -12,7 +12,7 @@ from fastres.data.sizes import canonical_schedule, image_sizes
 from fastres.data.splits import IMAGE_SIZE
 from fastres.errors import UserError
 from fastres.fields import as_flag, check_fields, flag
-from fastres.models import INITS, MODELS, check_name
+from fastres.models import INITS, MODELS, check_name, is_vgg
 from fastres.training.optimizer import OPTIMIZERS
 from fastres.training.schedule import SCHEDULES
 
@@ -44,7 +44,7 @@ PUBLISHED = {
 
 
 def default_recipe(model: str) -> dict[str, Any]:
-    return {"lr": 0.01} if model.startswith("vgg") else {}
+    return {"lr": 0.01} if is_vgg(model) else {}
 
 
 def fast(model: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def fast(model: str) -> dict[str, Any]:
         "augmentation": "reflectcrop-altflip",
         "epochs": 10,
     }
-    if model.startswith("vgg"):
+    if is_vgg(model):
         return recipe | {"batch_size": 256, "init": "dirac"}
     return recipe | {"image_size_schedule": "16:0.5,24:0.85"}
 
@@ -68,7 +68,7 @@ def study_a(model: str) -> dict[str, Any]:
     return PUBLISHED | {
         "dataset": "mini-cifar10",
         "augmentation": "none",
-        "epochs": 20 if model.startswith("vgg") else 15,
+        "epochs": 20 if is_vgg(model) else 15,
         "eval_batch_size": 100,
         "lr": 0.01,
         "schedule": "constant",
@@ -284,7 +284,7 @@ class TrainConfig:
         for fits, message in (
             (self.image_size % 8 == 0, f"--image-size {self.image_size}: must be a multiple of 8"),
             (
-                len(image_sizes(self.image_size_schedule, self.image_size)) == 1 or not self.model.startswith("vgg"),
+                len(image_sizes(self.image_size_schedule, self.image_size)) == 1 or not is_vgg(self.model),
                 f"--image-size-schedule: {self.model} halves its images five times, so they need 32 pixels; remove it, "
                 "or choose a resnet",
             ),

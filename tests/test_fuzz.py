@@ -309,11 +309,13 @@ def test_settings_and_summary(folders, data):
 
 @pytest.mark.parametrize("file", ["config.json", "last.pt"])
 @pytest.mark.parametrize("name", ["os:getcwd", "proof.py:net", "tests.proof:net", "antigravity:x"])
-def test_functions_named_in_files(folders, file, name, tmp_path, monkeypatch):
+def test_functions_named_in_files(folders, stopped, file, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("proof.py").write_text(f"open({str(PROOF)!r}, 'w')")
     run = tmp_path / "run"
-    shutil.copytree(folders / "stopped", run)
+    folder, content, _ = stopped
+    shutil.copytree(folder, run)
+    (run / "last.pt").write_bytes(content)
     shutil.copy(folders / "finished/summary.json", run)
     path = run / file
     if file == "config.json":

@@ -554,7 +554,7 @@ def test_mini_cifar10_from_files_takes_its_three_classes(arrays, tmp_path):
     overrides = {"dataset": "folder", "data_dir": tmp_path, "batch_size": 20}
     study = load_study("architecture")
     Planner(study, StudyConfig(), overrides, tmp_path, load).run(study.runs[0], 0)
-    assert asked == [("folder", tmp_path, ("airplane", "automobile", "bird"), False)]
+    assert asked == [("folder", tmp_path, ("airplane", "automobile", "bird"), False, 32)]
 
 
 PARTS = """

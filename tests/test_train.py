@@ -504,6 +504,12 @@ def test_a_network_of_ones_own(command_line, flags, net, tmp_path):
     )
 
 
+def test_a_network_of_ones_own_is_no_vgg():
+    for name in ("vgg_like.py:net", "vggs:vgg11"):
+        assert over_recipe({"model": name, "recipe": "fast"})["image_size_schedule"] == "16:0.5,24:0.85"
+        assert TrainConfig(model=name, image_size_schedule="16:0.5").model == name
+
+
 def test_the_folder_of_a_network_of_ones_own(command_line, flags, net, tmp_path):
     assert command_line(*flags[:-2], "--model", f"{tmp_path}/nets.py:net", "--no-fused") == 0
     assert [path.name[:12] for path in (tmp_path / "runs").iterdir()] == ["net-folder-2"]

@@ -81,13 +81,15 @@ def create_model(
     return model
 
 
-def create_on_meta(name: str, num_classes: int, fused: bool = True, image_size: int = IMAGE_SIZE) -> nn.Module:
+def create_on_meta(
+    name: str, num_classes: int, fused: bool = True, image_size: int = IMAGE_SIZE, zero_gamma: bool = False
+) -> nn.Module:
     """A model without memory for its weights, to count with; draws no random numbers."""
     if ":" not in name:
         with torch.device("meta"):
-            return create_model(name, num_classes, fused=fused)
+            return create_model(name, num_classes, zero_gamma, fused)
     with torch.random.fork_rng(devices=()):
-        return create_model(name, num_classes, fused=fused, image_size=image_size).to("meta")
+        return create_model(name, num_classes, zero_gamma, fused, image_size=image_size).to("meta")
 
 
 def check_name(name: str) -> None:
@@ -97,6 +99,11 @@ def check_name(name: str) -> None:
             f"--model: invalid choice {name!r}; choose from {', '.join(MODELS)}, or name a function of your own as "
             "file.py:function"
         )
+
+
+def is_vgg(name: str) -> bool:
+    """Whether it is one of fastres' VGGs, which need images of 32x32 or more."""
+    return name.startswith("vgg") and ":" not in name
 
 
 def function_name(name: str) -> str:
@@ -115,11 +122,13 @@ def register_model(name: str) -> None:
 
 
 def init_dirac(model: nn.Module) -> None:
-    """Lets each 3x3 convolution of stride 1, but the first, begin as the identity, as far as it has channels to: output
-    i is input i, and outputs beyond the inputs keep their weights (Zagoruyko & Komodakis 2017, arXiv:1706.00388; Jordan
-    2024, arXiv:2404.00498, section 3.2)."""
+    """Lets each 3x3 convolution of stride 1 and one group, but the first, begin as the identity, as far as it has
+    channels to: output i is input i, and outputs beyond the inputs keep their weights (Zagoruyko & Komodakis 2017,
+    arXiv:1706.00388; Jordan 2024, arXiv:2404.00498, section 3.2)."""
     for module in model.modules():
-        if not isinstance(module, nn.Conv2d) or (module.kernel_size, module.stride) != ((3, 3), (1, 1)):
+        if not isinstance(module, nn.Conv2d):
+            continue
+        if (module.kernel_size, module.stride, module.groups) != ((3, 3), (1, 1), 1):
             continue
         if 3 < module.in_channels <= module.out_channels:
             nn.init.dirac_(module.weight[: module.in_channels].detach())

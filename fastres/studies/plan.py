@@ -157,7 +157,7 @@ class Planner:
 
     def _planned(self, name: str, flags: dict[str, Any]) -> PlannedRun:
         config, dataset = self._resolve(flags)
-        model = create_on_meta(config.model, len(dataset.classes), False, config.image_size)
+        model = create_on_meta(config.model, len(dataset.classes), False, config.image_size, config.zero_gamma)
         return PlannedRun(name, flags, config, dataset, 2 * forward_macs(model, config.image_size) / 1e9)
 
     def _resolve(self, flags: dict[str, Any]) -> tuple[TrainConfig, Dataset]:

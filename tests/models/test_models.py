@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from fastres.errors import UserError
-from fastres.models import create_model, list_models
+from fastres.models import create_model, init_dirac, list_models
 from fastres.models.resnet import BasicBlock, Bottleneck
 from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
 
@@ -264,6 +264,13 @@ def test_features_can_be_extracted(name, size, nodes, fused):
         assert actual.keys() == expected.keys()
         for node in nodes:
             torch.testing.assert_close(actual[node], expected[node])
+
+
+def test_convolutions_in_groups_begin_as_they_are():
+    convolution = nn.Conv2d(8, 8, 3, groups=8)
+    before = convolution.weight.clone()
+    init_dirac(convolution)
+    assert torch.equal(convolution.weight, before)
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet18", "resnet50"])
