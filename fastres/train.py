@@ -61,19 +61,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.
             threading.Thread(target=terminate_with_stdin, daemon=True).start()
 
         def command() -> None:
-            flags = distributed.on_rank_0(parser.parse_flags, arguments)
+            flags = distributed.on_rank_0(lambda: checked(parser.parse_flags(arguments)))
             resume, finished, weights, gallery = (flags.pop(key) for key in ("resume", "eval", "weights", "gallery"))
             file, print_config = flags.pop("config"), flags.pop("print_config")
             console = open_console(quiet=rank > 0)
             with distributed.explain_lost_process():
-                if (resume or finished) and (file or print_config):
-                    raise UserError(f"{'--config' if file else '--print-config'}: is for a new run; leave it off")
                 if finished:
                     evaluate(finished, flags, weights, gallery, console)
-                elif weights:
-                    raise UserError(f"--weights {weights}: needs --eval; a new run has --select")
-                elif gallery:
-                    raise UserError("--gallery: needs --eval and the folder of a finished run")
                 elif print_config:
                     run = open_run(flags, file=file)
                     console.print("\n".join(as_toml(run.asked, run.config)))
@@ -81,6 +75,21 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.
                     train(flags, resume, file, console, clock)
 
         return run_command(parser.prog, command, rank)
+
+
+def checked(flags: dict[str, Any]) -> dict[str, Any]:
+    """``flags``, after a check that those beside the settings go together."""
+    new = not (flags["resume"] or flags["eval"])
+    for given, fits, message in (
+        (flags["config"], new, "--config: is for a new run; leave it off"),
+        (flags["print_config"], new, "--print-config: is for a new run; leave it off"),
+        (flags["weights"], flags["eval"], f"--weights {flags['weights']}: needs --eval; a new run has --select"),
+        (flags["gallery"], flags["eval"], "--gallery: needs --eval and the folder of a finished run"),
+        (flags["gallery"], distributed.world_size() == 1, "--gallery: is drawn in one process; leave torchrun off"),
+    ):
+        if given and not fits:
+            raise UserError(message)
+    return flags
 
 
 def train(
@@ -196,8 +205,6 @@ def catch_signals() -> Iterator[Callable[[], int]]:
 
 def evaluate(folder: Path, flags: dict[str, Any], weights: str | None, gallery: bool, console: Console) -> None:
     """Prints the test loss and accuracy of the weights in ``folder`` beside those that the run recorded."""
-    if gallery and distributed.world_size() > 1:
-        raise UserError("--gallery: is drawn in one process; start it without torchrun")
     weights, loss, accuracy = distributed.on_rank_0(recorded, folder, weights)
     run = open_run(flags, finished=folder, say=console.print)
     evaluation = run.evaluate_weights(weights)

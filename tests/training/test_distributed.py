@@ -404,7 +404,10 @@ def test_a_machine_that_dies_and_comes_back(machines, whole, tmp_path):
 
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
-    [("--batch-size", 31, "must be a multiple of the 2 processes"), ("--milestones", 3, "needs --schedule multistep")],
+    [
+        ("--batch-size", 31, "must be a multiple of the 2 processes"),
+        ("--weights", "best", "needs --eval; a new run has --select"),
+    ],
 )
 def test_an_error_of_all_is_said_once(flag, value, message):
     done = torchrun("--dataset", "digits", flag, value, module="fastres.train")
