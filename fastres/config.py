@@ -43,11 +43,11 @@ PUBLISHED = {
 }
 
 
-def default_recipe(model: str) -> dict[str, Any]:
+def default_recipe(model: str, size: int) -> dict[str, Any]:
     return {"lr": 0.01} if is_vgg(model) else {}
 
 
-def fast(model: str) -> dict[str, Any]:
+def fast(model: str, size: int) -> dict[str, Any]:
     """Found on CIFAR-10's images; docs/measurements.md says how."""
     recipe = {
         "optimizer": "muon",
@@ -61,10 +61,10 @@ def fast(model: str) -> dict[str, Any]:
     }
     if is_vgg(model):
         return recipe | {"batch_size": 256, "init": "dirac"}
-    return recipe | {"image_size_schedule": "16:0.5,24:0.85"}
+    return recipe | {"image_size_schedule": f"{size // 2}:0.5,{3 * size // 4}:0.85"}
 
 
-def study_a(model: str) -> dict[str, Any]:
+def study_a(model: str, size: int) -> dict[str, Any]:
     return PUBLISHED | {
         "dataset": "mini-cifar10",
         "augmentation": "none",
@@ -75,7 +75,7 @@ def study_a(model: str) -> dict[str, Any]:
     }
 
 
-def study_b(model: str) -> dict[str, Any]:
+def study_b(model: str, size: int) -> dict[str, Any]:
     return PUBLISHED | {
         "dataset": "cifar10",
         "init": "study-b",
@@ -88,7 +88,7 @@ def study_b(model: str) -> dict[str, Any]:
     }
 
 
-RECIPES: dict[str, Callable[[str], dict[str, Any]]] = {
+RECIPES: dict[str, Callable[[str, int], dict[str, Any]]] = {  # of a model and the size of its images
     "default": default_recipe,
     "fast": fast,
     "study-a": study_a,
@@ -315,8 +315,8 @@ class TrainConfig:
 
 def over_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings ``given`` over the defaults of the recipe and the model that they name."""
-    recipe, model = (given.get(name, getattr(TrainConfig, name)) for name in ("recipe", "model"))
-    return {**RECIPES[recipe](model), **given}
+    recipe, *subject = (given.get(name, getattr(TrainConfig, name)) for name in ("recipe", "model", "image_size"))
+    return {**RECIPES[recipe](*subject), **given}
 
 
 def check_effect(given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -327,6 +327,8 @@ def check_effect(given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         ("warmup_epochs", schedule != "constant", "another --schedule than constant"),
         ("compile_mode", settings.get("compile"), "--compile"),
         ("sgd_lr", settings.get("optimizer") == "muon", "--optimizer muon"),
+        ("init", not settings.get("initial_checkpoint"), "a run without --initial-checkpoint"),
+        ("zero_gamma", not settings.get("initial_checkpoint"), "a run without --initial-checkpoint"),
         ("nesterov", settings.get("optimizer", TrainConfig.optimizer) == "sgd", "--optimizer sgd"),
     ):
         if given.get(name) and not acts:

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from fastres.config import WEIGHTS
-from fastres.errors import RunError, UserError
+from fastres.errors import RunError, UserError, first_line
 from fastres.fields import path
 from fastres.files import write_atomically
 from fastres.flags import Parser, open_console, run_command
@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.
         folder, file, weights, model = (flags[name] for name in ("run", "file", "weights", "model"))
         if file.exists():
             raise UserError(f"{file}: exists already; choose another name")
+        if not file.parent.is_dir():
+            raise UserError(f"{file}: there is no folder {file.parent}; make it, or choose another")
         console = open_console()
         fast, plain = load_model(folder, weights, model), load_model(folder, weights, model, fused=False)
         content = exported(plain)
@@ -60,7 +62,7 @@ def exported(model: TrainedModel) -> bytes:
         file = io.BytesIO()
         torch.export.save(program, file)
     except Exception as error:  # of any kind, from a network of the user's own
-        raise RunError(f"torch.export cannot trace this network ({str(error).splitlines()[0]})") from error
+        raise RunError(f"torch.export cannot trace this network ({first_line(error)})") from error
     return file.getvalue()
 
 

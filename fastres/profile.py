@@ -28,7 +28,7 @@ from fastres.fields import as_json, check_fields, flag
 from fastres.files import claimed, new_folder, write_json
 from fastres.flags import Parser, add_flags, open_console, run_command
 from fastres.machine import commit, device_name, versions
-from fastres.models import create_on_meta, function_name, register_model
+from fastres.models import create_to_count, function_name, register_model
 from fastres.profiling.measure import (
     EAGER,
     Candidate,
@@ -74,6 +74,7 @@ class ProfileConfig:
 
     batch_size: int | None = flag("Engine", "training images a step; auto: 128 on CUDA, 32 on a CPU", None)
     device: str = TRAINING["device"]
+    fused: bool | None = TRAINING["fused"]
     compile: bool | None = flag(
         "Engine", "also measure the rows with torch.compile; auto: on CUDA, because compiling takes a CPU minutes", None
     )
@@ -159,7 +160,7 @@ def measure(
         f"machine: {machine.flops_per_second / 1e12:.3g} TFLOP/s in {dtype} products, "
         f"{machine.bytes_per_second / 1e9:.3g} GB/s in copies"
     )
-    shapes = create_on_meta(defaults.model, len(dataset.classes))
+    shapes = create_to_count(defaults.model, len(dataset.classes), bool(defaults.fused))
     steps_of_epoch = steps_per_epoch(defaults, len(dataset.train))
     images = steps_of_epoch * defaults.batch_size
     limit = steps_of_epoch * limit_seconds(step_kernels(shapes, defaults.batch_size, dtype), machine)
@@ -239,7 +240,7 @@ def plan_rows(compile: bool | None, defaults: TrainConfig) -> tuple[list[tuple[s
         ("channels-last", {"channels_last": True}, ""),
         ("AMP", {"amp": defaults.amp}, "this CPU has no bf16"),
         ("DALI loader", {"loader": defaults.loader}, "DALI does not import"),
-        ("fused operator", {"fused": defaults.fused}, "its kernels are missing"),
+        ("fused operator", {"fused": defaults.fused}, "--no-fused, or its kernels are missing"),
         ("compile", {"compile": compile_too}, "--no-compile" if compile is False else COMPILE_ON_CPU),
     ):
         changed = replace(current, **change)

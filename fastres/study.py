@@ -23,13 +23,13 @@ from fastres.config import TrainConfig
 from fastres.errors import UserError
 from fastres.files import claimed, read_json, write_json
 from fastres.flags import Parser, add_flags, open_console, run_command
-from fastres.models import function_name, register_model
+from fastres.models import register_model
 from fastres.report.results import read_results
 from fastres.report.study import decision_line, decisions, write_report
 from fastres.studies import list_studies, load_study
 from fastres.studies.estimate import print_estimate
 from fastres.studies.execute import Executor, copy_run, places, reusable
-from fastres.studies.plan import PlannedRun, Planner, StudyConfig
+from fastres.studies.plan import PlannedRun, Planner, StudyConfig, eager_name
 from fastres.training import distributed
 from fastres.training.start import RESUMABLE, read_saved
 
@@ -148,7 +148,7 @@ def describe(planner: Planner, planned: list[PlannedRun], seeds: Sequence[int], 
     for definition in study.runs:
         folders = [f"{definition.name}-seed{seed}" for seed in seeds]
         run = by_folder[folders[0]]
-        eager = f"eager-{function_name(run.config.model)}"
+        eager = eager_name(run.config)
         runs.append(
             {
                 "name": definition.name,

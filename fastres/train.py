@@ -133,9 +133,11 @@ def fit(
         on_step: called after every step with its number in the run, from 1, and its loss, a scalar tensor on the
             device, which the next step may overwrite; to read it makes a GPU's host wait.
         on_epoch: called after every epoch, its evaluation and its checkpoint with the new row of history.csv, a dict.
-            Under torchrun both are called on rank 0 only, outside of the training's clock.
+            What both take is not counted as training.
         settings: the command's flags, with underscores; ``output_dir`` is the run's folder.
     """
+    if distributed.launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        raise UserError("fit: trains in one process; under torchrun start python -m fastres.train")
     given = read_fields(TrainConfig, settings)
     resumed, file = (path(str(name)) if name else None for name in (resume, config))
     if resumed and file:
@@ -148,15 +150,14 @@ def show_progress(
 ) -> dict[str, Any]:
     """Trains with a progress bar and a line for each epoch. SIGINT and SIGTERM stop the run after the step."""
     with progress_bar(console) as progress:
-        on_rank_0 = distributed.rank() == 0
 
         def after_step(step: int, loss: torch.Tensor) -> None:
             progress.advance(task)
-            if on_step and on_rank_0:
+            if on_step:
                 on_step(step, loss)
 
         def after_epoch(row: Row) -> None:
-            if on_epoch and on_rank_0:
+            if on_epoch:
                 on_epoch(dict(row))
             progress.console.print(epoch_line(row, run.config.epochs))
             progress.reset(task, description=f"epoch {row['epoch'] + 1}", visible=row["epoch"] < run.config.epochs)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from fastres.config import WEIGHTS
-from fastres.data.image_folder import IMAGE_SUFFIXES, decode_image
+from fastres.data.image_folder import IMAGE_SUFFIXES, decode_image, images_in
 from fastres.errors import UserError, examples
 from fastres.fields import path
 from fastres.files import read_json
@@ -63,14 +63,15 @@ class TrainedModel(nn.Module):
         Images are resized as in training. Files that are not readable as images are left out; after the last
         prediction they are named in a UserError.
         """
-        paths, bad = iter(list(image_files(files))), []
+        paths, bad = iter(image_files(files)), []
         while chunk := list(islice(paths, batch_size)):
-            images = {file: pixels for file in chunk if (pixels := self._read(file)) is not None}
-            bad += [file for file in chunk if file not in images]
+            read = [(file, self._read(file)) for file in chunk]
+            bad += [file for file, pixels in read if pixels is None]
+            images = [(file, pixels) for file, pixels in read if pixels is not None]
             if images:
-                batch = torch.stack(list(images.values())).to(self.mean.device)
+                batch = torch.stack([pixels for _, pixels in images]).to(self.mean.device)
                 best = self(batch).softmax(1).max(1)
-                for file, probability, label in zip(images, best.values.tolist(), best.indices.tolist(), strict=True):
+                for (file, _), probability, label in zip(images, *map(torch.Tensor.tolist, best), strict=True):
                     yield Prediction(file, self.class_names[label], probability)
         if bad:
             raise UserError(f"not readable as images: {examples(bad)}; replace them or leave them out")
@@ -85,18 +86,18 @@ class TrainedModel(nn.Module):
         return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)
 
 
-def image_files(files: Iterable[str | Path]) -> Iterator[Path]:
-    """Each of ``files``, and in the place of a folder the image files (``IMAGE_SUFFIXES``) in and below it, sorted."""
+def image_files(files: Iterable[str | Path]) -> list[Path]:
+    """Each of ``files``, and in the place of a folder the image files in and below it, as training reads folders."""
+    found = []
     for file in map(path, map(str, files)):
-        if not file.exists():
-            raise UserError(f"{file}: no such file or folder")
-        if not file.is_dir():
-            yield file
-            continue
-        found = sorted(inner for inner in file.rglob("*") if inner.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
+        try:
+            inner = images_in(file, []) if file.stat() and file.is_dir() else [file]
+        except OSError as error:
+            raise UserError(f"{error.filename or file}: {error.strerror}") from error
+        if not inner:
             raise UserError(f"{file}: holds no image file ({', '.join(IMAGE_SUFFIXES)})")
-        yield from found
+        found += inner
+    return found
 
 
 def load_model(

@@ -20,8 +20,10 @@ from fastres import models, train
 from fastres.config import TrainConfig, over_recipe
 from fastres.data.datasets import synthetic
 from fastres.fields import as_json, read_table
+from fastres.profiling import roofline
 from fastres.report.tables import class_table
 from fastres.train import catch_signals
+from fastres.training import cost
 from fastres.training.start import choose_dataset
 from fastres.training.trainer import Trainer
 from tests.conftest import write_folder
@@ -334,6 +336,9 @@ def test_settings_from_a_file(command_line, flags, tmp_path):
     assert second["asked"]["amp"] == "auto"  # chosen anew
     assert second["chosen"].get("amp") == config["chosen"].get("amp")
 
+    assert "--recipe fast: changes nothing" in command_line.one_line(
+        "--config", run / "config.json", "--recipe", "fast"
+    )
     toml = tmp_path / "settings.toml"
     toml.write_text(f'label-smoothing = 0.2\nbatch_size = 10\nlr = 0.5\noutput_dir = "{tmp_path}/no"\nrecipe = "fast"')
     assert command_line(*flags[:-2], "--lr", 0.01, "--config", toml, "--print-config") == 0
@@ -504,9 +509,63 @@ def test_a_network_of_ones_own(command_line, flags, net, tmp_path):
     )
 
 
+ODD = """
+import torch
+from torch import nn
+
+class Tied(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.shift = nn.Parameter(torch.zeros(1, 3, 1, 1))
+        self.layers = nn.Parameter(torch.ones(2, 1, 1))
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.again = self.conv
+        self.deep = nn.Conv2d(3, 4, 3, 2)
+        self.last = nn.Conv2d(4, num_classes, 3, 2)
+        self.norm = nn.BatchNorm1d(num_classes)
+
+    def forward(self, x):
+        x = self.again(self.conv(x * self.scale + self.shift).relu()) * self.layers.mean()
+        return self.norm(self.last(self.deep(x)).mean((2, 3)))
+
+class Two(Tied):
+    def forward(self, x):
+        logits = super().forward(x)
+        return (logits, logits) if self.training else logits
+
+class Early(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.parts = nn.Sequential(nn.Conv2d(3, num_classes, 3, 2), nn.BatchNorm2d(num_classes), nn.ReLU())
+
+    def forward(self, x):
+        return self.parts[1](self.parts[0](x)).mean((2, 3))
+"""
+
+
+def test_odd_networks_of_ones_own(command_line, flags, net, tmp_path, monkeypatch):
+    (tmp_path / "odd.py").write_text(ODD)
+    monkeypatch.setitem(cost.MEASURED_FLOP, "cpu", 1.0)
+    monkeypatch.setattr(roofline, "MEASURE_SECONDS", 0.01)
+    monkeypatch.setitem(roofline.MATRIX_SIZE, "cpu", 64)
+    run = tmp_path / "run"
+    assert command_line(*flags, "--model", "odd.py:Tied", "--recipe", "fast") == 0
+    assert command_line("--eval", run, "--model", "odd.py:Tied") == 0
+    assert "is a run with odd.py:Tied; leave" in command_line.one_line("--eval", run, "--model", "odd.py:Two")
+    assert command_line(*flags, "--model", "odd.py:Early", "--no-fused", "--output-dir", tmp_path / "early") == 0
+    assert json.loads((tmp_path / "early/summary.json").read_text())["share_of_limit"] > 0
+    assert command_line(*flags, "--model", "odd.py:Two", "--output-dir", tmp_path / "two") == 2
+    assert "--model odd.py:Two: fails in a step (TypeError: cross_entropy_loss()" in command_line.err
+    assert command_line(*flags, "--model", "odd.py:Tied", "--sync-bn", "--output-dir", tmp_path / "sync") == 0
+    assert "; --sync-bn leaves BatchNorm1d as it is" in command_line.out
+
+
 def test_a_network_of_ones_own_is_no_vgg():
     for name in ("vgg_like.py:net", "vggs:vgg11"):
         assert over_recipe({"model": name, "recipe": "fast"})["image_size_schedule"] == "16:0.5,24:0.85"
+        large = {"model": name, "recipe": "fast", "image_size": 1000}
+        assert TrainConfig(**over_recipe(large)).image_size_schedule == "500:0.5,750:0.85"
         assert TrainConfig(model=name, image_size_schedule="16:0.5").model == name
 
 

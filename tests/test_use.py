@@ -61,9 +61,12 @@ def test_predictions_are_those_of_the_network(run, capfd, image_folder, tmp_path
         f"{row['file']}: {row['class']}, {100 * row['probability']:.2f} %" for row in (rows[3], rows[0])
     ]
     assert command_line.err.endswith(f"error: not readable as images: {broken}; replace them or leave them out\n")
+    assert [found.file for found in model.predict([files[0], files[0]])] == [files[0], files[0]]
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/._hidden.jpg").write_bytes(b"")
     for arguments, message in (
-        ((run, files[0], tmp_path / "none.jpg"), "none.jpg: no such file or folder"),
+        ((run, files[0], tmp_path / "none.jpg"), "none.jpg: No such file or directory"),
+        ((run, files[0], tmp_path / ("x" * 300)), "x: File name too long"),
         ((run, tmp_path / "empty"), "empty: holds no image file (.jpg, "),
         ((tmp_path / "empty", files[0]), "empty/config.json: not readable as JSON"),
     ):
@@ -79,6 +82,7 @@ def pt2(run, capfd, tmp_path):
     accuracy = json.loads((run / "summary.json").read_text())["accuracy"]
     assert f"checked on 20 test images: accuracy {accuracy:.2f} %" in command_line.out
     assert f"{file}: exists already; choose another name" in command_line.one_line(run, file)
+    assert "there is no folder" in command_line.one_line(run, tmp_path / "none/model.pt2")
     return file
 
 
@@ -113,6 +117,9 @@ def test_an_export_that_differs_is_not_written(run, capfd, tmp_path, monkeypatch
 def test_a_network_that_cannot_be_exported(run):
     model = fastres.load_model(run)
     model.model.forward = lambda x: x.mean((2, 3)) if x.sum().item() > 0 else -x.mean((2, 3))
+    with pytest.raises(RunError, match=r"torch.export cannot trace this network"):
+        export.exported(model)
+    model.model.forward = lambda x: 1 / 0
     with pytest.raises(RunError, match=r"torch.export cannot trace this network"):
         export.exported(model)
 
@@ -176,6 +183,7 @@ def test_a_run_begins_with_the_weights_of_another(run, flags, capfd, arrays, tmp
     for name in learnt:
         assert torch.allclose(after[name], before[name]) == (name not in ("7.weight", "7.bias"))
 
+    assert "--init dirac: needs a run without --initial-checkpoint" in command_line.one_line(*flags, "--init", "dirac")
     for folder in (tmp_path / "same", tmp_path / "other"):  # which no longer need the run
         run.rename(tmp_path / "moved")
         assert command_line("--eval", folder) == 0

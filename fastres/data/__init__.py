@@ -1,5 +1,6 @@
 """Datasets, the epoch plan, and the two loaders that apply it."""
 
+import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, Protocol
@@ -50,8 +51,8 @@ class PlanLoader:
         device: where the batches are used. DaliLoader puts them there; EagerLoader leaves them on the CPU, in pinned
             memory for CUDA.
         workers: threads (DaliLoader) or processes (EagerLoader) that prepare batches.
-        decode: image files are decoded ``once``, at construction, and kept as 3 KiB of pixels each, or in
-            ``every-epoch``; ``auto``: once by DaliLoader, in every epoch by EagerLoader.
+        decode: image files are decoded ``once``, at construction, and kept as pixels, or in ``every-epoch``; ``auto``:
+            once by DaliLoader, in every epoch by EagerLoader.
         num_classes: for a plan that mixes images; by default the largest label plus one.
     """
 
@@ -107,11 +108,10 @@ class PlanLoader:
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         raise UserError(f"labels: must be integers [N], not {labels.dtype} {list(labels.shape)}")
-    size = images.shape[1] if images.ndim > 1 else IMAGE_SIZE
-    shape = (len(labels), size, size, 3)
+    shape = (len(labels), IMAGE_SIZE, IMAGE_SIZE, 3)
     if images.dtype != np.uint8 or images.shape != shape:
         raise UserError(f"images: must be uint8 {list(shape)} like the labels, not {images.dtype} {list(images.shape)}")
-    return Split(images, labels.astype(np.int64), size=size)
+    return Split(images, labels.astype(np.int64))
 
 
 def choose_loader(name: str, fault: str = "") -> tuple[str, str]:
@@ -135,6 +135,11 @@ def choose_loader(name: str, fault: str = "") -> tuple[str, str]:
 def pixels_on_gpu(images: int, device: torch.device, size: int = IMAGE_SIZE) -> bool:
     """Whether DaliLoader keeps the pixels of so many images on ``device``: on a GPU with four times the memory free."""
     return device.type == "cuda" and 4 * images * 3 * size**2 <= torch.cuda.mem_get_info(device)[0]
+
+
+def pixels_in_memory(images: int, size: int = IMAGE_SIZE) -> bool:
+    """Whether the pixels of so many images take at most a quarter of the memory that the host has free."""
+    return 4 * images * 3 * size**2 <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def create_loader(name: str, *args: Any, **options: Any) -> Loader:

@@ -15,7 +15,7 @@ from PIL import Image
 from fastres.data import Batch, PlanLoader, pixels_on_gpu
 from fastres.data.image_folder import decode_image
 from fastres.data.plan import EpochPlan, crop_padding
-from fastres.data.splits import Split
+from fastres.data.splits import IMAGE_SIZE, Split
 
 Images = np.ndarray | torch.Tensor | list[np.ndarray]  # pixels uint8 [N, S, S, 3], on a GPU if a tensor; or files
 MAX_BATCHES_IN_FLIGHT = 8  # that the GPU may still read; then the host waits
@@ -226,7 +226,7 @@ def accepted(split: Split, workers: int, device: torch.device) -> list[np.ndarra
 
 def _decoded_batches(split: Split, workers: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor | None]]:
     """Rows of an encoded split and their pixels, until DALI reuses the memory; None for files that it refuses."""
-    batch_size = DECODE_BATCH_LARGE if split.resize else DECODE_BATCH
+    batch_size = DECODE_BATCH_LARGE if split.resize or split.size > IMAGE_SIZE else DECODE_BATCH
     batches = [slice(start, start + batch_size) for start in range(0, len(split), batch_size)]
     pipeline: Pipeline | None = None
     for i, rows in enumerate(batches):

@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,9 +68,9 @@ class EagerLoader(PlanLoader):
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    """How workers are started: in a job not as forks of its processes. In CPython 3.11 a fork waits for ever if one of
-    Gloo's threads holds the interpreter's list of threads in that moment (in 3.12 it makes that lock anew)."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """How workers are started: in a job, by CPython 3.11 not as forks of its processes. There a fork waits for ever if
+    one of Gloo's threads holds the interpreter's list of threads at that moment; 3.12 makes that lock anew."""
+    if sys.version_info >= (3, 12) or not (dist.is_available() and dist.is_initialized()):
         return multiprocessing.get_context()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

@@ -123,6 +123,14 @@ def _class_folders(root: Path, others: list[Path]) -> dict[str, Path]:
 
 
 def _image_files(root: Path, others: list[Path]) -> list[Path]:
+    images = images_in(root, others)
+    if not images:
+        suffixes = ", ".join(IMAGE_SUFFIXES)
+        raise UserError(f"{root}: holds no image file ({suffixes}); fill it or leave it out through --classes")
+    return images
+
+
+def images_in(root: Path, others: list[Path]) -> list[Path]:
     """The images in ``root`` and, as in torchvision's ImageFolder, its subfolders. Other files go to ``others``.
 
     A symlink to a folder above it is followed until the operating system reports ELOOP.
@@ -132,9 +140,6 @@ def _image_files(root: Path, others: list[Path]) -> list[Path]:
     while folders:
         for path, is_folder in _entries(folders.pop()):
             (folders if is_folder else images if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
-    if not images:
-        suffixes = ", ".join(IMAGE_SUFFIXES)
-        raise UserError(f"{root}: holds no image file ({suffixes}); fill it or leave it out through --classes")
     return sorted(images)
 
 

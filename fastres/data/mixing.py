@@ -28,7 +28,7 @@ def mixed(images: torch.Tensor, labels: torch.Tensor, plan: EpochPlan, rows: sli
         row, column = torch.arange(size, device=images.device), torch.arange(size, device=images.device)
         inside = (row[:, None] >= top) & (row[:, None] < top + height) & (column >= left) & (column < left + width)
         images = torch.where(inside, others, images)
-        share = 1 - (height * width).flatten() / size**2
+        share = 1 - inside.flatten(1).float().mean(1)
     one_hot = F.one_hot(labels, num_classes).float()
     return images, torch.lerp(one_hot[partner], one_hot, share[:, None])
 

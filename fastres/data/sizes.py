@@ -20,7 +20,7 @@ def image_sizes(schedule: str, full: int = IMAGE_SIZE) -> list[tuple[int, float]
     ``schedule`` is ``none``, or joins ``SIZE:UNTIL`` by commas. Raises UserError unless both parts increase.
     """
     parts = [] if schedule == "none" else schedule.split(",")
-    found = [re.fullmatch(r"(\d{1,3}):(0?\.\d{1,4})", part.strip()) for part in parts]
+    found = [re.fullmatch(r"(\d{1,4}):(0?\.\d{1,4})", part.strip()) for part in parts]
     sizes = [(int(match[1]), float(match[2])) for match in found if match]
     sizes = [(SMALLEST - 1, 0.0), *sizes, (full, 1.0)]
     if len(sizes) < len(parts) + 2 or not all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(sizes)):

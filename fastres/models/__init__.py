@@ -81,15 +81,16 @@ def create_model(
     return model
 
 
-def create_on_meta(
+def create_to_count(
     name: str, num_classes: int, fused: bool = True, image_size: int = IMAGE_SIZE, zero_gamma: bool = False
 ) -> nn.Module:
-    """A model without memory for its weights, to count with; draws no random numbers."""
+    """A model to count with: without memory for its weights, unless it is the user's own, which may need that. Draws no
+    random numbers."""
     if ":" not in name:
         with torch.device("meta"):
             return create_model(name, num_classes, zero_gamma, fused)
     with torch.random.fork_rng(devices=()):
-        return create_model(name, num_classes, zero_gamma, fused, image_size=image_size).to("meta")
+        return create_model(name, num_classes, zero_gamma, fused, image_size=image_size)
 
 
 def check_name(name: str) -> None:

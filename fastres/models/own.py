@@ -4,6 +4,7 @@ A function is imported only by ``import_model``, which is called with what the u
 name that was found in a config, a checkpoint or a run's folder runs nothing.
 """
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -22,6 +23,8 @@ import torch
 from torch import nn
 
 from fastres.errors import UserError, examples, first_line
+from fastres.fields import path
+from fastres.nn import EagerBatchNormReLU2d, has_hooks
 
 NormLayer = Callable[..., nn.BatchNorm2d]
 NOT_THEIRS = rf"site-packages|importlib|^<|{re.escape(os.path.dirname(os.path.dirname(__file__)))}"  # in a file's path
@@ -35,7 +38,7 @@ def import_model(name: str) -> Callable[..., nn.Module]:
     """
     source, _, function_name = name.rpartition(":")
     with explained(name, "cannot be imported"):
-        module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
+        module = _import_file(path(source)) if source.endswith(".py") else _import_module(source)
     function = getattr(module, function_name, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
@@ -43,7 +46,7 @@ def import_model(name: str) -> Callable[..., nn.Module]:
         raise UserError(f"--model {name}: {source} has no function {function_name}{has}")
     try:
         inspect.signature(function).bind(10)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: it is not written in Python
         raise UserError(
             f"--model {name}: must be callable with the number of classes as its only argument ({error})"
         ) from error
@@ -53,22 +56,29 @@ def import_model(name: str) -> Callable[..., nn.Module]:
             model = function(num_classes)
         if not isinstance(model, nn.Module):
             raise UserError(f"--model {name}: returned {type(model).__name__} instead of a torch.nn.Module")
-        before = _logits(model, name, num_classes, image_size)
+        with explained(name, "cannot be copied"):
+            trial = copy.deepcopy(model)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in trial.parameters():  # of which some may be 0, and hide what follows them
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+        before = _logits(trial, name, num_classes, image_size)
         if norm_layer:
-            fuse_norms(model, norm_layer)
-            after = _logits(model, name, num_classes, image_size)
+            fuse_norms(trial, EagerBatchNormReLU2d)
+            after = _logits(trial, name, num_classes, image_size)
             if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
                 raise UserError(f"--model {name}: has other outputs with the fused operator; take --no-fused")
+            fuse_norms(model, norm_layer)
         return model
 
     return create
 
 
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    sys.path.insert(0, str(path.parent.resolve()))
-    spec = importlib.util.spec_from_file_location(f"fastres_model_{path.stem}", path)
+def _import_file(file: Path) -> Any:
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}")
+    sys.path.insert(0, str(file.parent.resolve()))
+    spec = importlib.util.spec_from_file_location(f"fastres_model_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None  # of any .py
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -86,6 +96,8 @@ def explained(name: str, what: str) -> Iterator[None]:
     """Turns any error of the user's code into a line with its place in that code."""
     try:
         yield
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         theirs = [frame for frame in frames if not re.search(NOT_THEIRS, frame.filename)]
@@ -108,15 +120,16 @@ def _logits(model: nn.Module, name: str, num_classes: int, image_size: int) -> t
 
 def fuse_norms(model: nn.Module, norm_layer: NormLayer) -> None:
     """Puts ``norm_layer``, with the same parameters and buffers, in the place of each BatchNorm2d in ``model``; of a
-    BatchNorm2d and the ReLU that follows it in a Sequential, too, whose place an Identity takes."""
+    BatchNorm2d and the ReLU that follows it in a Sequential, too, whose place an Identity takes. What has hooks stays.
+    """
     uses = Counter(child for parent in model.modules() for child in parent._modules.values())
     fused: dict[nn.Module, nn.Module] = {}
     for parent in list(model.modules()):
         in_turn = isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward
         for (place, norm), (next_place, following) in pairwise([*parent._modules.items(), ("", None)]):
-            if type(norm) is not nn.BatchNorm2d:
+            if type(norm) is not nn.BatchNorm2d or has_hooks(norm):
                 continue
-            relu = in_turn and type(following) is nn.ReLU and uses[norm] == 1
+            relu = in_turn and type(following) is nn.ReLU and uses[norm] == 1 and not has_hooks(following)
             if norm not in fused:
                 fused[norm] = _with_operator(norm, norm_layer, relu)
             parent._modules[place] = fused[norm]

@@ -18,6 +18,7 @@ from fastres.data.splits import IMAGE_SIZE
 
 COPY_BYTES = 2**28  # far more than a cache holds
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
+COUNTED_IMAGES = 2  # the fewest that a norm trains on
 CALLS = {"cpu": 1, "cuda": 10}  # between two synchronisations, which take 5% of the time of a copy on an H100
 MEASURE_SECONDS = 1.0
 POOLING = nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d
@@ -44,10 +45,10 @@ def forward_macs(model: nn.Module, size: int = IMAGE_SIZE) -> int:
     """Multiply-adds of convolutions and linear layers for one image ``[3, size, size]``: a model's published FLOPs or
     MACs.
 
-    ``model`` is on the meta device.
+    ``model`` is on the meta device or the CPU.
     """
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(torch.empty(1, 3, size, size, device="meta"))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(_images(model, 1, size))
     return counter.get_total_flops() // 2
 
 
@@ -59,30 +60,37 @@ def step_kernels(model: nn.Module, batch_size: int, dtype: torch.dtype, size: in
     layer) and gradient of the weight. A batch norm with its residual and ReLU is one kernel in two passes: forward it
     reads the input twice and writes the output, 3 tensors (4 with a residual); backward it reads the input and the
     output's gradient twice and writes the input's gradient, 5 tensors (6 with the residual's gradient). Pooling moves
-    its input and its output once in each direction. Loss and optimizer are left out. ``model`` is on the meta device.
+    its input and its output once in each direction. Loss and optimizer are left out. ``model`` is on the meta device or
+    the CPU, and sees two images.
     """
     kernels: list[Kernel] = []
 
     def count(module: Any, inputs: tuple[torch.Tensor, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
-        x = inputs[0]
+        x = inputs[0] if inputs else kwargs["input"]
+        read, written = (tensor.numel() * batch_size // COUNTED_IMAGES for tensor in (x, output))
         if isinstance(module, nn.BatchNorm2d):
             tensors = 10 if kwargs.get("residual") is not None else 8
-            kernels.append(Kernel(0, tensors * x.numel() * dtype.itemsize))
+            kernels.append(Kernel(0, tensors * read * dtype.itemsize))
             return
         if isinstance(module, POOLING):
-            kernels.append(Kernel(0, 2 * (x.numel() + output.numel()) * dtype.itemsize))
+            kernels.append(Kernel(0, 2 * (read + written) * dtype.itemsize))
             return
         products = 3 if x.requires_grad else 2
-        flops = 2 * output.numel() * module.weight[0].numel()  # an output sums over the weights of its channel or unit
-        traffic = (x.numel() + module.weight.numel() + output.numel()) * dtype.itemsize
+        flops = 2 * written * module.weight[0].numel()  # an output sums over the weights of its channel or unit
+        traffic = (read + module.weight.numel() + written) * dtype.itemsize
         kernels.extend([Kernel(flops, traffic)] * products)
 
     modules = [module for module in model.train().modules() if isinstance(module, COUNTED)]
     handles = [module.register_forward_hook(count, with_kwargs=True) for module in modules]
-    model(torch.empty(batch_size, 3, size, size, device="meta"))
+    with torch.random.fork_rng(devices=()):
+        model(_images(model, COUNTED_IMAGES, size))
     for handle in handles:
         handle.remove()
     return kernels
+
+
+def _images(model: nn.Module, number: int, size: int) -> torch.Tensor:
+    return torch.zeros(number, 3, size, size, device=next(model.parameters()).device)
 
 
 def unknown_layers(model: nn.Module) -> list[str]:

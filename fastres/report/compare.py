@@ -44,7 +44,7 @@ FIGURES = {
     "train_seconds": Figure("seconds of training", 1),
     "wall_seconds": Figure("seconds of the whole process", 1),
     "train_flop": Figure("arithmetic, TFLOP", 1, 1e-12),
-    "epochs_work": Figure("epochs' work (arithmetic of epochs at 32x32)"),
+    "epochs_work": Figure("epochs' work (arithmetic of epochs at full size)"),
     "share_of_limit": Figure("share of the limit, %", 0, 100),
     "joules": Figure("energy, J", 0),
     "price": Figure("price", 4),

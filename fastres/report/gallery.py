@@ -1,5 +1,6 @@
 """Where a trained network is wrong, as pictures: its most confident mistakes, and its confusion matrix."""
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from fastres.files import write_atomically
 from fastres.report.figures import draw_confusion, side_of
 from fastres.report.style import styled
 from fastres.training.run import Run
@@ -58,5 +60,5 @@ def draw_gallery(run: Run, confusion: list[list[int]]) -> list[Path]:
     draw_confusion(matrix.subplots(), np.array(confusion), classes, name)
     paths = [run.folder / "mistakes.png", run.folder / "confusion.png"]
     for figure, path in zip((gallery, matrix), paths, strict=True):
-        figure.savefig(path, dpi=150)
+        write_atomically(path, partial(figure.savefig, dpi=150, format="png"))
     return paths

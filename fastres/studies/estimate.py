@@ -19,7 +19,8 @@ from fastres.training.run import Run
 
 # what decides the images a second
 SPEED_SETTINGS = (
-    "model", "batch_size", "augmentation", "image_size_schedule", "optimizer", "device", "decode", "workers", *ENGINE,
+    "model", "batch_size", "augmentation", "image_size", "image_size_schedule", "optimizer", "device", "decode",
+    "workers", *ENGINE,
 )  # fmt: skip
 MEASURED_STEPS = 2  # of each model
 
@@ -59,7 +60,7 @@ def measure(run: PlannedRun) -> float:
     trial = Run(config, replace(run.dataset, train=run.dataset.train.take(few)))
     trial.trainer.warm_up()
     epoch = train(trial.trainer, ContinuingLoader(trial.train_loader, MEASURED_STEPS))
-    return epoch.images / epoch.seconds / mean_area(schedule)
+    return epoch.images / epoch.seconds / mean_area(schedule, config.image_size)
 
 
 def duration(seconds: float) -> str:

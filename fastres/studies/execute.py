@@ -140,7 +140,8 @@ def explain_exit(run: PlannedRun, code: int, said: str) -> None:
 def reusable(folder: Path) -> Callable[[PlannedRun], Path | None]:
     """A function that finds a planned run's finished twin in or below ``folder``: of equal settings and this commit.
 
-    It finds none for a model that is a function of the user's, which may have changed.
+    It finds none for a model that is a function of the user's, or that begins with another run's weights: both may have
+    changed.
     """
     ours = commit()
     if ours is None or ours.endswith("-dirty"):
@@ -155,7 +156,12 @@ def reusable(folder: Path) -> Callable[[PlannedRun], Path | None]:
                 known[_key(saved.config)] = path.parent
         except UserError:
             continue  # another file of that name, or of another version
-    return lambda run: None if ":" in run.config.model else known.get(_key(run.config))
+
+    def find(run: PlannedRun) -> Path | None:
+        changing = ":" in run.config.model or run.config.initial_checkpoint
+        return None if changing else known.get(_key(run.config))
+
+    return find
 
 
 def _key(config: Any) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 from fastres.config import TrainConfig, over_recipe
 from fastres.data.datasets import MINI_CIFAR10_CLASSES, load_dataset
 from fastres.data.sizes import mean_area
-from fastres.data.splits import Dataset
+from fastres.data.splits import IMAGE_SIZE, Dataset
 from fastres.errors import UserError, named
 from fastres.fields import check_fields, flag
-from fastres.models import create_on_meta, function_name
+from fastres.models import create_to_count, function_name
 from fastres.profiling.measure import EAGER
 from fastres.profiling.roofline import forward_macs
 from fastres.studies import RunDefinition, Study
@@ -104,6 +104,12 @@ class PlannedRun:
         return (self.folder / "summary.json").exists()
 
 
+def eager_name(config: TrainConfig) -> str:
+    """The folder of the eager run that one of ``config`` is compared with."""
+    size = f"-{config.image_size}" if config.image_size != IMAGE_SIZE else ""
+    return f"eager-{function_name(config.model)}{size}"
+
+
 @dataclass(frozen=True)
 class Planner:
     """Plans the runs of ``study``, with ``overrides`` of its flags, each in a folder of its own in ``folder``."""
@@ -126,8 +132,8 @@ class Planner:
                 with named(f"{self.study.name}, run {definition.name}"):
                     run = self.run(definition, seed)
                     planned.append(run)
-                    if self.config.eager_cost and run.config.model not in eager:
-                        eager[run.config.model] = self.eager(run)
+                    if self.config.eager_cost and eager_name(run.config) not in eager:
+                        eager[eager_name(run.config)] = self.eager(run)
         return planned + list(eager.values())
 
     def run(self, definition: RunDefinition, seed: int) -> PlannedRun:
@@ -150,14 +156,14 @@ class Planner:
     def eager(self, run: PlannedRun) -> PlannedRun:
         """A few epochs of ``run`` in eager PyTorch."""
         model, epochs = run.config.model, min(EAGER_EPOCHS, run.config.epochs)
-        flags = run.flags | EAGER_RUN | {"epochs": epochs, "output_dir": self.folder / f"eager-{function_name(model)}"}
+        flags = run.flags | EAGER_RUN | {"epochs": epochs, "output_dir": self.folder / eager_name(run.config)}
         for name in ("compile_mode", "milestones"):  # mean nothing there, and fastres.train would refuse them
             flags.pop(name, None)
         return self._planned(f"{model}, eager", flags)
 
     def _planned(self, name: str, flags: dict[str, Any]) -> PlannedRun:
         config, dataset = self._resolve(flags)
-        model = create_on_meta(config.model, len(dataset.classes), False, config.image_size, config.zero_gamma)
+        model = create_to_count(config.model, len(dataset.classes), False, config.image_size, config.zero_gamma)
         return PlannedRun(name, flags, config, dataset, 2 * forward_macs(model, config.image_size) / 1e9)
 
     def _resolve(self, flags: dict[str, Any]) -> tuple[TrainConfig, Dataset]:

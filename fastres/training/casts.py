@@ -37,6 +37,8 @@ def with_cast_weights(model: nn.Module, dtype: torch.dtype) -> Callable[[torch.T
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     weights = {f"{name}.{key}": weight for name, layer in layers for key, weight in layer.named_parameters()}
+    names = {id(weight): name for name, weight in weights.items()}  # of tied weights, one
+    weights = {name: weight for name, weight in weights.items() if names[id(weight)] == name}
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         copies = _Cast.apply(dtype, *weights.values())

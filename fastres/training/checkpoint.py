@@ -30,7 +30,10 @@ RANDOM_STATES = ("rng", "cuda_rng")
 
 def save_weights(model: torch.nn.Module, path: Path) -> None:
     """Writes the state dict as safetensors, contiguous, with a checksum in the metadata."""
-    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # copies, because safetensors takes no tensor that is there by two names
+    state = {
+        name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()
+    }
     content = save(state, {"crc32": checksum(state)})  # not save_file, which ignores the umask
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 

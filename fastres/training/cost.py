@@ -4,11 +4,12 @@ import ctypes
 from contextlib import suppress
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastres.config import TrainConfig
 from fastres.data.sizes import image_sizes
 from fastres.errors import RunError
-from fastres.models import create_on_meta
+from fastres.models import create_to_count
 from fastres.models.own import explained
 from fastres.profiling.roofline import (
     Machine,
@@ -29,18 +30,21 @@ def flop_an_image(config: TrainConfig, num_classes: int, size: int) -> float:
     """Floating-point operations of training on an image of ``size`` pixels a side: three times those of a forward pass
     (forward, gradient of the input, gradient of the weight), of convolutions and linear layers; a multiply-add is
     two."""
-    return 3 * 2 * forward_macs(create_on_meta(config.model, num_classes, False, config.image_size), size)
+    return 3 * 2 * forward_macs(create_to_count(config.model, num_classes, False, config.image_size), size)
 
 
 def describe_model(config: TrainConfig, num_classes: int) -> str:
-    """A line on a model that is not fastres' own: its size, and the layers that the limit leaves out."""
-    model = create_on_meta(config.model, num_classes, bool(config.fused), config.image_size)
-    with explained(config.model, "cannot be counted on the meta device"):
+    """A line on a model that is not fastres' own: its size, and the layers that are left out of something."""
+    model = create_to_count(config.model, num_classes, bool(config.fused), config.image_size)
+    with explained(config.model, "cannot be counted"):
         macs = [forward_macs(model, size) for size, _ in image_sizes(config.image_size_schedule, config.image_size)]
         step_kernels(model, config.batch_size, AMP_DTYPES[config.amp], config.image_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     unknown = unknown_layers(model)
     left_out = f"; the limit leaves out {', '.join(unknown)}" if unknown else ""
+    norms = {type(module).__name__ for module in model.modules() if isinstance(module, _BatchNorm)}
+    if config.sync_bn and (others := sorted(norms - {"BatchNormReLU2d"})):
+        left_out += f"; --sync-bn leaves {', '.join(others)} as it is"
     return f"model {config.model}: {parameters / 1e6:.2f} M parameters, {max(macs) / 1e9:.3f} GMAC forward{left_out}"
 
 
@@ -67,7 +71,7 @@ def share_of_limit(
         sum(machine.flops_per_second for machine in rates) / len(rates),
         sum(machine.bytes_per_second for machine in rates) / len(rates),
     )
-    model = create_on_meta(config.model, num_classes, image_size=config.image_size)
+    model = create_to_count(config.model, num_classes, bool(config.fused), config.image_size)
     kernels = {size: step_kernels(model, config.batch_size, AMP_DTYPES[config.amp], size) for size in steps}
     return sum(count * limit_seconds(kernels[size], mean) for size, count in steps.items()) / seconds
 

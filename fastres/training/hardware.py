@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from fastres.config import TrainConfig
-from fastres.data import choose_loader, pixels_on_gpu
+from fastres.data import choose_loader, pixels_in_memory, pixels_on_gpu
 from fastres.data.datasets import DATASETS
 from fastres.data.plan import mixes
 from fastres.data.splits import Dataset
@@ -144,7 +144,11 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
         config.cuda_graphs, device, config.compile_mode if compiled else None, faults.get("cuda-graph", "")
     )
     loader, loader_why = choose_loader(config.loader, faults.get("loaders", ""))
-    files_each_epoch = dataset.train.encoded and config.decode == "every-epoch"
+    decode = config.decode
+    if loader == "dali" and decode == "auto" and dataset.train.encoded:
+        decode = "once" if pixels_in_memory(len(dataset.train), config.image_size) else "every-epoch"
+        loader_why += "; decodes in every epoch, for want of memory for all pixels" * (decode == "every-epoch")
+    files_each_epoch = dataset.train.encoded and decode == "every-epoch"
     if loader == "dali" and device.type == "cuda" and not files_each_epoch:
         fits = pixels_on_gpu(images, device, config.image_size)
         kept = "on the GPU" if fits else "in host memory, over a quarter of the GPU's free"
@@ -163,6 +167,7 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
         compile=compiled,
         cuda_graphs=cuda_graphs,
         loader=loader,
+        decode=decode,
     )
     on = {True: "on", False: "off"}
     line = (

@@ -41,15 +41,16 @@ def adamw(parameters: Parameters, config: "TrainConfig", lr: Any) -> Optimizer:
 
 
 def muon(parameters: Parameters, config: "TrainConfig", lr: Any) -> Optimizer:
-    """Muon for all convolutions but the stem; SGD for the stem, the head, norms and biases, of which the last two are
-    not decayed."""
+    """Muon for all convolutions but the stem; SGD for the stem, the head, norms and biases, and all else, of which the
+    vectors are not decayed."""
     parameters = list(parameters)
-    vectors = [p for p in parameters if p.ndim == 1]
-    matrices = [p for p in parameters if p.ndim == 2 or (p.ndim == 4 and p.size(1) == IMAGE_CHANNELS)]
-    others = {id(p) for p in vectors + matrices}
+    vectors = [p for p in parameters if p.squeeze().ndim <= 1]
+    others = [p for p in parameters if p.squeeze().ndim > 1]
+    convolutions = [p for p in others if p.ndim == 4 and p.size(1) != IMAGE_CHANNELS]
+    matrices = [p for p in others if p.ndim != 4 or p.size(1) == IMAGE_CHANNELS]
     sgd_options = {"lr_ratio": config.sgd_lr / config.lr, "momentum": SGD_MOMENTUM, "nesterov": True}
     return Muon(
-        [p for p in parameters if id(p) not in others],
+        convolutions,
         [
             {"params": matrices, "weight_decay": SGD_WEIGHT_DECAY, "lr": deepcopy(lr), **sgd_options},
             {"params": vectors, "weight_decay": 0.0, "lr": deepcopy(lr), **sgd_options},

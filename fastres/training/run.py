@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, partial
@@ -22,6 +22,7 @@ from fastres.errors import Interrupted, RunError, UserError
 from fastres.fields import as_json
 from fastres.files import claimed, new_folder, write_atomically, write_json
 from fastres.models import create_model, function_name
+from fastres.models.own import explained
 from fastres.profiling.roofline import Machine
 from fastres.training import distributed
 from fastres.training.checkpoint import load_weights, restore, save_checkpoint, save_weights
@@ -180,7 +181,8 @@ class Run:
             distributed.on_rank_0(write_json, folder / "config.json", self.record)
             loader = self.train_loader
             self._measure()
-            with self.clock.phase("warm_up"):
+            theirs = explained(self.config.model, "fails in a step") if ":" in self.config.model else nullcontext()
+            with self.clock.phase("warm_up"), theirs:
                 self.warm_up_seconds = self.trainer.warm_up()
             if not self.resumed:
                 self._save()

@@ -15,7 +15,7 @@ from fastres.data.splits import Dataset
 from fastres.errors import UserError, named
 from fastres.fields import as_flag, read_fields, read_table
 from fastres.files import read_json, read_toml
-from fastres.models import register_model
+from fastres.models import function_name, register_model
 from fastres.training import distributed
 from fastres.training.checkpoint import load_weights, read_checkpoint
 from fastres.training.clock import Clock
@@ -133,9 +133,10 @@ def _begin_from(folder: Path, run: Run, say: Say) -> None:
         model, classes, new = run.trainer.model, run.dataset.classes, []
         line = f"begins with the weights of {folder}"
         if saved.class_names != classes:
-            layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+            linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+            layers = [name for name, module in linear.items() if module.out_features == len(classes)]
             if not layers:
-                raise UserError("its classes are others, and this model has no linear layer to begin anew")
+                raise UserError("its classes are others, and this model has no linear layer to begin anew for them")
             new = [name for name in model.state_dict() if name.startswith(f"{layers[-1]}.")]
             line += f", but for a new {layers[-1]} for {len(classes)} other classes"
         load_weights(model, folder / f"{saved.config.select}.safetensors", but=new)
@@ -164,6 +165,8 @@ def _choose(
             saved = read_saved(read_json(finished / "config.json"), "config.json")
         settings = settings_of_run(finished, saved.settings, flags, EVALUABLE)
     else:
+        if file and file.suffix == ".json" and "recipe" in flags:
+            raise UserError(f"--recipe {flags['recipe']}: changes nothing, as {file} has every setting; leave one off")
         settings = over_recipe((read_config(file) if file else {}) | flags)
         check_effect(flags, settings)
     asked, dataset = choose_dataset(settings, say, load_dataset)
@@ -207,7 +210,8 @@ def settings_of_run(folder: Path, config: TrainConfig, flags: dict[str, Any], ma
     after = replace(before, **flags)
     for name in flags:
         asked, saved = getattr(after, name), getattr(before, name)
-        moved = name == "model" and ":" in asked and ":" in saved  # the function's file
+        # a function's file may have moved
+        moved = name == "model" and ":" in asked and ":" in saved and function_name(asked) == function_name(saved)
         if name not in may_differ and asked != saved and not moved:
             raise UserError(f"{as_flag(name, asked)}: {folder} is a run with {saved}; leave the flag off")
     return vars(after)

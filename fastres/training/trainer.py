@@ -133,7 +133,8 @@ class Trainer:
         elif self.config.cuda_graphs:
             self.replays[images.shape] = captured(self._step, images, labels)
         else:
-            self._step(images, labels)
+            for _ in range(min(distributed.world_size(), 2)):  # DDP misses a gradient at the second step
+                self._step(images, labels)
 
     def train_epoch(self, loader: Loader, epoch: Epoch, after_step: Callable[[], None] = lambda: None) -> None:
         """Trains on the rest of ``epoch``, updates it, and calls ``after_step`` after each step.

@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image
 from torchvision.transforms import functional as F
 
-from fastres.data import _split, choose_loader, create_loader
+from fastres.data import choose_loader, create_loader
 from fastres.data.eager import mean_and_std
 from fastres.data.image_folder import decode_image, folder
 from fastres.data.plan import EpochPlan, evaluation_plan, resized, training_plan
@@ -158,7 +158,7 @@ def test_batches_of_smaller_images(name, device, arrays):
 @pytest.mark.parametrize("steps", ["crop-flip-cutout-erasing", "reflectcrop"])
 @pytest.mark.parametrize("name", LOADERS)
 def test_batches_of_larger_images(name, steps, device, arrays, rng):
-    split = _split(rng.integers(0, 256, (20, 40, 40, 3), np.uint8), np.arange(20))
+    split = Split(rng.integers(0, 256, (20, 40, 40, 3), np.uint8), np.arange(20), size=40)
     plan = training_plan(5, 0, 20, steps, image_size=40)
     column = plan.crop if plan.reflectcrop is None else plan.reflectcrop
     assert (column.min(), column.max()) == (-5, 5)

@@ -6,9 +6,10 @@ import torchvision
 from torch import nn
 
 from fastres.errors import UserError
-from fastres.models import create_model, create_on_meta, register_model
+from fastres.models import create_model, create_to_count, register_model
 from fastres.models.own import fuse_norms
 from fastres.nn import BatchNormReLU2d
+from fastres.profiling.roofline import forward_macs, step_kernels
 
 SOURCE = """
 from torch import nn
@@ -27,6 +28,11 @@ class Early(nn.Module):
 
     def forward(self, x):
         return self.parts[1](self.parts[0](x)).mean((2, 3))
+
+def zero(num_classes):
+    model = Early(num_classes)
+    nn.init.zeros_(model.parts[1].weight)
+    return model
 
 def two(num_classes, width): ...
 def keywords(*, num_classes): ...
@@ -72,11 +78,33 @@ def test_a_function_of_a_file_or_a_module(folder):
         torch.testing.assert_close(fused.state_dict(), plain.state_dict())
 
 
-def test_it_is_built_in_memory_before_it_is_counted(folder):
-    (folder / "items.py").write_text(SOURCE + "\nimport torch\nassert torch.ones(1).item()\n")
-    register_model("items.py:net")
+COUNTED = """
+import torch
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.shift = torch.zeros(1, 3, 1, 1)  # no buffer
+        self.conv = nn.Conv2d(3, 6, 3, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, num_classes)
+
+    def forward(self, x):
+        x = self.norm(self.conv(input=x + self.shift)).relu()
+        assert x.sum().item() >= 0
+        return self.fc(nn.functional.dropout(x.mean((2, 3)), 0.5, self.training))
+"""
+
+
+def test_it_is_counted_without_the_meta_device(folder):
+    (folder / "counted.py").write_text(SOURCE + COUNTED)
+    register_model("counted.py:Net")
     before = torch.get_rng_state()
-    assert {parameter.device.type for parameter in create_on_meta("items.py:net", 3).parameters()} == {"meta"}
+    model = create_to_count("counted.py:Net", 5)
+    convolution, linear = 6 * 27 * 30 * 30, 6 * 5
+    assert forward_macs(model) == convolution + linear
+    kernels = step_kernels(model, 10, torch.float32)
+    assert sum(kernel.flops for kernel in kernels) == 2 * 10 * (2 * convolution + 3 * linear)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -90,8 +118,9 @@ def test_it_is_built_in_memory_before_it_is_counted(folder):
         (":net", r"--model :net: cannot be imported \(ValueError"),
         ("broken.py:net", r"cannot be imported \(AttributeError: .*Conf2d.*broken.py, line 3\)"),
         ("leaving:net", r"cannot be imported \(SystemExit: 0, .*leaving.py, line 1\)"),
-        ("nets.py:nett", "nets.py has no function nett; it has net, two, keywords and 5 more"),
+        ("nets.py:nett", "nets.py has no function nett; it has net, zero, two and 6 more"),
         ("nets.py:number", "nets.py has no function number"),
+        ("torch:relu", r"callable with the number of classes as its only argument \(no signature found"),
         ("nets.py:two", r"callable with the number of classes as its only argument \(missing .*'width'\)"),
         ("nets.py:keywords", "callable with the number of classes as its only argument"),
         ("nets.py:nothing", "returned NoneType instead of a torch.nn.Module"),
@@ -100,6 +129,7 @@ def test_it_is_built_in_memory_before_it_is_counted(folder):
         ("nets.py:large", r"does not take images \[2, 3, 32, 32\] \(RuntimeError: mat1 and mat2 .*"),
         ("nets.py:raising", r"raising\(5\) failed \(ValueError: no such, .*nets.py, line \d+\)"),
         ("nets.py:Early", "has other outputs with the fused operator; take --no-fused"),
+        ("nets.py:zero", "has other outputs with the fused operator; take --no-fused"),
     ],
 )
 def test_what_is_refused(name, message, folder):
@@ -139,6 +169,22 @@ def test_a_norm_in_two_places_is_one_norm_still():
     assert model[0] is model[3]
     torch.testing.assert_close(model(x), expected)
     assert model[0].num_batches_tracked == 2
+
+
+def test_what_has_hooks_stays():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3), nn.ReLU())
+    for module in (model[0], model[3]):
+        module.register_forward_hook(lambda *_: None)
+    fuse_norms(model, BatchNormReLU2d)
+    assert [type(module) for module in model] == [nn.BatchNorm2d, nn.ReLU, BatchNormReLU2d, nn.ReLU]
+    assert not model[2].relu
+
+
+def test_without_the_extension(folder, monkeypatch):
+    """A GPU does not use it."""
+    monkeypatch.setattr(BatchNormReLU2d, "_function", None)
+    register_model("nets.py:net")
+    assert [type(module) for module in create_model("nets.py:net", 5)][1] is BatchNormReLU2d
 
 
 def test_a_name_from_a_file_runs_nothing(folder):
