@@ -227,14 +227,14 @@ def test_images_mixed_in_one_and_in_two_processes(mixing, arrays, tmp_path):
     """The last batch: 4 and 3 images."""
     dataset = replace(arrays, train=arrays.train.take(torch.arange(55).numpy()))
     settings = {"augmentation": f"crop-flip-{mixing}", "batch_size": 8, "sync_bn": True}
-    assert_same_in_two_processes(dataset, settings, tmp_path, steps=35, atol=1e-4)
+    assert_same_in_two_processes(dataset, settings, tmp_path, steps=35, falls_to=0.9, atol=1e-4)
 
 
-def assert_same_in_two_processes(dataset, settings, tmp_path, steps=30, atol=1e-2):
+def assert_same_in_two_processes(dataset, settings, tmp_path, steps=30, falls_to=0.8, atol=1e-2):
     alone = losses_of_training(dataset, **settings)
     jointly(train_jointly, tmp_path, dataset, settings, tmp_path / "two.pt")
     assert len(alone[0]) == steps
-    assert alone[0][-6:].mean() < 0.9 * alone[0][:6].mean()
+    assert alone[0][-6:].mean() < falls_to * alone[0][:6].mean()
     torch.testing.assert_close(torch.load(tmp_path / "two.pt"), alone, rtol=0, atol=atol)  # Muon's steps are bfloat16
 
 
