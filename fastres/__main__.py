@@ -7,7 +7,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "train a model, or evaluate a finished run again",
     "predict": "print the classes of image files by a trained model",
-    "export": "write a trained model as a file that needs PyTorch alone",
+    "export": "write a trained model to a file that PyTorch loads without fastres",
     "profile": "measure what each step from eager PyTorch to fastres gains",
     "compare": "tell whether groups of runs differ, and what they cost",
     "doctor": "check every fast part on this machine",

@@ -1,9 +1,8 @@
-"""python -m fastres.export: a trained model as a file that needs PyTorch alone."""
+"""python -m fastres.export: writes a trained model to a file that PyTorch loads without fastres."""
 
 import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.
         content = exported(plain)
         given = {name: flags[name] for name in ("model", "data_dir") if flags[name] is not None}
         check(content, fast, open_run(given, finished=folder, say=console.print), console)
-        write(file, content)
+        write_atomically(file, lambda temporary: temporary.write_bytes(content), then="export it again")
         console.print(f"written: {file}, for torch.export.load({str(file)!r}).module()")
 
     return run_command(parser.prog, command)
@@ -80,13 +79,6 @@ def check(content: bytes, model: TrainedModel, run: Run, console: Console) -> No
         correct += (logits.argmax(1) == labels.cpu()).sum().item()
         images += len(labels)
     console.print(f"checked on {images:,} test images: accuracy {100 * correct / images:.2f} %")
-
-
-def write(file: Path, content: bytes) -> None:
-    try:
-        write_atomically(file, lambda temporary: temporary.write_bytes(content))
-    except RunError as error:  # its advice is for runs
-        raise RunError(f"{file}: cannot be written ({error.__cause__})") from error
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ _held: set[TextIO] = set()
 os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any], then: str = "") -> None:
     """Calls ``write`` with a temporary path and moves the file to ``path`` once it is on the disk.
 
-    A crash or a full disk leaves the file that was there before. Raises RunError if the file cannot be written.
+    A crash or a full disk leaves the file that was there before. Raises RunError if the file cannot be written, whose
+    advice ends with ``then``; by default, to resume the run in its folder.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -35,13 +36,13 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise RunError(cannot_be_written(path, error)) from error
+        raise RunError(cannot_be_written(path, error, then)) from error
 
 
-def cannot_be_written(path: Path, error: Exception) -> str:
-    """The message for a file of a run that could not be written."""
+def cannot_be_written(path: Path, error: Exception, then: str = "") -> str:
+    """The message for a file that could not be written; ``then`` as in ``write_atomically``."""
     mend = "make the folder writable" if getattr(error, "errno", None) in NOT_WRITABLE else "make room"
-    return f"{path}: cannot be written ({first_line(error)}); {mend}, then --resume {path.parent}"
+    return f"{path}: cannot be written ({first_line(error)}); {mend}, then {then or f'--resume {path.parent}'}"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -59,11 +60,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The parsed content of the file. Raises UserError, which the caller names the file in, if that is not TOML."""
+    """The parsed content of the file. Raises UserError if it is missing or not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"not readable as TOML ({first_line(error)})") from error
+        raise UserError(f"{path}: not readable as TOML ({first_line(error)})") from error
 
 
 def make_folder(folder: Path) -> None:

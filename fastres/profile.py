@@ -28,7 +28,7 @@ from fastres.fields import as_json, check_fields, flag
 from fastres.files import claimed, new_folder, write_json
 from fastres.flags import Parser, add_flags, open_console, run_command
 from fastres.machine import commit, device_name, versions
-from fastres.models import create_to_count, function_name, register_model
+from fastres.models import create_to_count, function_name, is_function, register_model
 from fastres.profiling.measure import (
     EAGER,
     Candidate,
@@ -113,7 +113,7 @@ def profile(config: ProfileConfig, console: Console) -> dict[str, Any]:
         if (folder / "profile.json").exists():
             raise UserError(f"--output-dir {folder}: already holds a profile; choose another folder")
         console.print(f"dataset: {dataset.name}, {len(dataset.train):,} training images\n{why}")
-        if ":" in defaults.model:
+        if is_function(defaults.model):
             console.print(describe_model(defaults, len(dataset.classes)))
         result, fastres = measure(config, defaults, dataset, folder, console)
         picture = plot_profile(folder)

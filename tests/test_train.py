@@ -544,6 +544,14 @@ class Early(nn.Module):
 """
 
 
+def test_a_function_called_like_a_model(command_line, flags, net, tmp_path):
+    (tmp_path / "nets.py").write_text(NET + "\nresnet18 = net\n")
+    assert command_line(*flags, "--model", "nets.py:resnet18") == 0
+    assert "is a run with nets.py:resnet18; leave" in command_line.one_line(
+        "--eval", tmp_path / "run", "--model", "resnet18"
+    )
+
+
 def test_odd_networks_of_ones_own(command_line, flags, net, tmp_path, monkeypatch):
     (tmp_path / "odd.py").write_text(ODD)
     monkeypatch.setitem(cost.MEASURED_FLOP, "cpu", 1.0)

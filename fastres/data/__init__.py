@@ -1,6 +1,7 @@
 """Datasets, the epoch plan, and the two loaders that apply it."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, Protocol
@@ -31,7 +32,7 @@ class Loader(Protocol):
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]: ...
 
 
-class PlanLoader:
+class PlanLoader(ABC):
     """Base of DaliLoader and EagerLoader, which take the same arguments and apply the same plan.
 
     Batches are float32 images ``[B, 3, 32, 32]``, or of the plan's size, normalised with ``mean`` and ``std``, and
@@ -76,12 +77,13 @@ class PlanLoader:
         self.num_classes = num_classes or int(self.split.labels.max(initial=0)) + 1
         self.mean, self.std = mean, std
         self.device, self.workers = torch.device(device), workers
-        self.num_batches = -(-len(plan_of_epoch(0)) // batch_size)
+        self.num_batches = -(-len(self.plan_of_epoch(0)) // batch_size)
         if decode not in DECODE:
             raise UserError(f"decode {decode!r}: must be one of {', '.join(DECODE)}")
         self.decode = self.default_decode if decode == "auto" else decode
         self._set_up()
 
+    @abstractmethod
     def _set_up(self) -> None:
         """The rest of the construction."""
 
@@ -96,9 +98,9 @@ class PlanLoader:
             rows = slice(number * self.batch_size, (number + 1) * self.batch_size)
             yield mixed(images, labels, plan, rows, self.num_classes)
 
+    @abstractmethod
     def _batches(self, epoch: int, first_batch: int) -> Iterator[Batch]:
         """The batches before images are mixed."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         """Batches in an epoch."""

@@ -69,9 +69,9 @@ def create_model(
         raise UserError(
             f"--model {name}: a function is imported only where it is given as a flag or argument; add --model {name}"
         )
-    eager = None if ":" in name else EagerBatchNormReLU2d
+    eager = None if is_function(name) else EagerBatchNormReLU2d
     norm_layer = SyncBatchNormReLU2d if sync_bn else BatchNormReLU2d if fused else eager
-    options = {"image_size": image_size} if ":" in name else {}
+    options = {"image_size": image_size} if is_function(name) else {}
     model = MODELS[name](num_classes, norm_layer=norm_layer, **options)
     INITS[init](model)
     if zero_gamma and not resnet.zero_gamma(model):
@@ -86,7 +86,7 @@ def create_to_count(
 ) -> nn.Module:
     """A model to count with: without memory for its weights, unless it is the user's own, which may need that. Draws no
     random numbers."""
-    if ":" not in name:
+    if not is_function(name):
         with torch.device("meta"):
             return create_model(name, num_classes, zero_gamma, fused)
     with torch.random.fork_rng(devices=()):
@@ -104,7 +104,12 @@ def check_name(name: str) -> None:
 
 def is_vgg(name: str) -> bool:
     """Whether it is one of fastres' VGGs, which need images of 32x32 or more."""
-    return name.startswith("vgg") and ":" not in name
+    return name.startswith("vgg") and not is_function(name)
+
+
+def is_function(name: str) -> bool:
+    """Whether it is ``package.module:function`` or ``file.py:function``."""
+    return ":" in name
 
 
 def function_name(name: str) -> str:
@@ -118,7 +123,7 @@ def register_model(name: str) -> None:
     Only for a name that the user gave as a flag or an argument.
     """
     check_name(name)
-    if ":" in name:
+    if is_function(name):
         MODELS[name] = import_model(name)
 
 

@@ -24,9 +24,9 @@ from torch import nn
 
 from fastres.errors import UserError, examples, first_line
 from fastres.fields import path
+from fastres.models.resnet import NormLayer
 from fastres.nn import EagerBatchNormReLU2d, has_hooks
 
-NormLayer = Callable[..., nn.BatchNorm2d]
 NOT_THEIRS = rf"site-packages|importlib|^<|{re.escape(os.path.dirname(os.path.dirname(__file__)))}"  # in a file's path
 
 

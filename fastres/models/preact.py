@@ -3,12 +3,12 @@
 Wide ResNets (Zagoruyko & Komodakis 2016, arXiv:1605.07146) are such networks of three wide stages.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-NormLayer = Callable[..., nn.BatchNorm2d]
+from fastres.models.resnet import NormLayer, blocks_of, init_convolutions
 
 
 class PreActBlock(nn.Module):
@@ -38,20 +38,14 @@ class PreActResNet(nn.Module):
     def __init__(self, layers: Sequence[int], stem: int, width: int, num_classes: int, norm_layer: NormLayer) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
-        blocks: list[nn.Module] = []
-        channels = stem
-        for stage, count in enumerate(layers):
-            for block in range(count):
-                stride = 2 if stage and not block else 1
-                blocks.append(PreActBlock(channels, width << stage, stride, norm_layer))
-                channels = width << stage
-        self.blocks = nn.Sequential(*blocks)
-        self.bn = norm_layer(channels)
+        self.blocks, in_channels = nn.Sequential(), stem
+        for _, channels, stride in blocks_of(layers, width):
+            self.blocks.append(PreActBlock(in_channels, channels, stride, norm_layer))
+            in_channels = channels
+        self.bn = norm_layer(in_channels)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.fc = nn.Linear(in_channels, num_classes)
+        init_convolutions(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(torch.flatten(self.avgpool(self.bn(self.blocks(self.conv1(x)))), 1))

@@ -4,7 +4,7 @@ Modules have torchvision's names; of its state dicts only the shapes of ``conv1.
 section 4.2, for CIFAR-10, have three stages of 16, 32 and 64 channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -115,27 +115,37 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = norm_layer(width)
-        in_channels = width
-        self.stages = len(layers)
-        for number, blocks in enumerate(layers):
-            channels, stage = width << number, Stage()
-            for block_number in range(blocks):
-                stride = 2 if number and not block_number else 1
-                stage.append(block(in_channels, channels, stride, norm_layer, option))
-                in_channels = channels * block.expansion
-            self.add_module(f"layer{number + 1}", stage)
+        in_channels, stages = width, [Stage() for _ in layers]
+        for stage, channels, stride in blocks_of(layers, width):
+            stages[stage].append(block(in_channels, channels, stride, norm_layer, option))
+            in_channels = channels * block.expansion
+        self.stages = len(stages)
+        for number, module in enumerate(stages, 1):
+            self.add_module(f"layer{number}", module)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(in_channels, num_classes)
-
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        init_convolutions(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.bn1(self.conv1(x))
         for number in range(self.stages):
             x = self.get_submodule(f"layer{number + 1}")(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def blocks_of(layers: Sequence[int], width: int) -> Iterator[tuple[int, int, int]]:
+    """Stage, channels and stride of each block: ``layers`` blocks a stage, the first stage of ``width`` channels, each
+    further one of twice as many, beginning with stride 2."""
+    for stage, blocks in enumerate(layers):
+        for block in range(blocks):
+            yield stage, width << stage, 2 if stage and not block else 1
+
+
+def init_convolutions(model: nn.Module) -> None:
+    """Draws their weights as He et al. 2015, arXiv:1502.01852, by the outputs."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def zero_gamma(model: nn.Module) -> bool:

@@ -60,5 +60,5 @@ def draw_gallery(run: Run, confusion: list[list[int]]) -> list[Path]:
     draw_confusion(matrix.subplots(), np.array(confusion), classes, name)
     paths = [run.folder / "mistakes.png", run.folder / "confusion.png"]
     for figure, path in zip((gallery, matrix), paths, strict=True):
-        write_atomically(path, partial(figure.savefig, dpi=150, format="png"))
+        write_atomically(path, partial(figure.savefig, dpi=150, format="png"), then="draw it again")
     return paths

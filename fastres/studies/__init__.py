@@ -169,8 +169,9 @@ def load_study(name: str, ablate: bool = False) -> Study:
     path = path_of(name) if name.endswith(".toml") else BUILT_IN / f"{name}.toml"
     if not path.is_file():
         raise UserError(f"{name}: no such study; choose from {', '.join(list_studies())}, or give a .toml file")
+    content = read_toml(path)
     with named(path):
-        return build(path.stem, read_table(StudyFile, read_toml(path)), ablate)
+        return build(path.stem, read_table(StudyFile, content), ablate)
 
 
 def build(name: str, file: StudyFile, ablate: bool = False) -> Study:

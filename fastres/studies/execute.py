@@ -20,6 +20,7 @@ from fastres.fields import as_arguments
 from fastres.files import read_json
 from fastres.flags import STOP_WITH_STDIN
 from fastres.machine import commit
+from fastres.models import is_function
 from fastres.report.results import read_summary
 from fastres.studies.plan import PlannedRun
 from fastres.training.start import RESUMABLE, read_saved
@@ -158,7 +159,7 @@ def reusable(folder: Path) -> Callable[[PlannedRun], Path | None]:
             continue  # another file of that name, or of another version
 
     def find(run: PlannedRun) -> Path | None:
-        changing = ":" in run.config.model or run.config.initial_checkpoint
+        changing = is_function(run.config.model) or run.config.initial_checkpoint
         return None if changing else known.get(_key(run.config))
 
     return find

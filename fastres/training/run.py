@@ -21,7 +21,7 @@ from fastres.data.splits import Dataset, Split
 from fastres.errors import Interrupted, RunError, UserError
 from fastres.fields import as_json
 from fastres.files import claimed, new_folder, write_atomically, write_json
-from fastres.models import create_model, function_name
+from fastres.models import create_model, function_name, is_function
 from fastres.models.own import explained
 from fastres.profiling.roofline import Machine
 from fastres.training import distributed
@@ -181,7 +181,9 @@ class Run:
             distributed.on_rank_0(write_json, folder / "config.json", self.record)
             loader = self.train_loader
             self._measure()
-            theirs = explained(self.config.model, "fails in a step") if ":" in self.config.model else nullcontext()
+            theirs = (
+                explained(self.config.model, "fails in a step") if is_function(self.config.model) else nullcontext()
+            )
             with self.clock.phase("warm_up"), theirs:
                 self.warm_up_seconds = self.trainer.warm_up()
             if not self.resumed:

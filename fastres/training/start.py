@@ -15,7 +15,7 @@ from fastres.data.splits import Dataset
 from fastres.errors import UserError, named
 from fastres.fields import as_flag, read_fields, read_table
 from fastres.files import read_json, read_toml
-from fastres.models import function_name, register_model
+from fastres.models import function_name, is_function, register_model
 from fastres.training import distributed
 from fastres.training.checkpoint import load_weights, read_checkpoint
 from fastres.training.clock import Clock
@@ -86,8 +86,9 @@ def read_config(file: Path) -> dict[str, Any]:
     if file.suffix == ".json":
         settings = vars(read_saved(read_json(file), file).asked)
     else:
+        content = read_toml(file)
         with named(file):
-            settings = read_fields(TrainConfig, read_toml(file))
+            settings = read_fields(TrainConfig, content)
     return {name: value for name, value in settings.items() if name != "output_dir"}
 
 
@@ -178,7 +179,7 @@ def _choose(
     say(line)
     if mixes(config.augmentation):
         say("images are mixed: training accuracy is that of each one's larger part")
-    if ":" in config.model:
+    if is_function(config.model):
         say(describe_model(config, len(dataset.classes)))
     if saved:
         if dataset.classes != saved.class_names:
@@ -211,7 +212,8 @@ def settings_of_run(folder: Path, config: TrainConfig, flags: dict[str, Any], ma
     for name in flags:
         asked, saved = getattr(after, name), getattr(before, name)
         # a function's file may have moved
-        moved = name == "model" and ":" in asked and ":" in saved and function_name(asked) == function_name(saved)
+        functions = name == "model" and is_function(asked) and is_function(saved)
+        moved = functions and function_name(asked) == function_name(saved)
         if name not in may_differ and asked != saved and not moved:
             raise UserError(f"{as_flag(name, asked)}: {folder} is a run with {saved}; leave the flag off")
     return vars(after)
