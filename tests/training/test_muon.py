@@ -55,6 +55,14 @@ def near(matrices):
     return muon.orthogonalized(matrices).double()
 
 
+def in_float64(matrices):
+    u, s, v = torch.linalg.svd(matrices.double(), full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True)
+    for a, b, c in muon.COEFFICIENTS:
+        s = a * s + b * s**3 + c * s**5
+    return (u * s[:, None]) @ v
+
+
 @pytest.mark.parametrize("shape", [(3, 16, 64), (2, 64, 16), (1, 7, 7)], ids=str)
 def test_singular_values_come_near_1(shape):
     torch.manual_seed(0)
@@ -62,12 +70,20 @@ def test_singular_values_come_near_1(shape):
     values = torch.linalg.svdvals(near(matrices))
     assert values.max() < 1.3
     assert values[:, : min(shape[1:]) // 2].min() > 0.6
-    u, s, v = torch.linalg.svd(matrices.double(), full_matrices=False)
-    s = s / s.norm(dim=1, keepdim=True)
-    for a, b, c in muon.COEFFICIENTS:
-        s = a * s + b * s**3 + c * s**5
-    expected = (u * s[:, None]) @ v
+    expected = in_float64(matrices)
     assert (near(matrices) - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", [(64, 576), (256, 64), (32, 32)], ids=str)
+@pytest.mark.parametrize("decay", [1, 2])
+def test_rounding_errors_do_not_grow_in_matrices_of_low_rank(shape, decay):
+    """Most singular values, i^-decay of the largest, are below the rounding error of the Gram matrix."""
+    torch.manual_seed(0)
+    u, s, v = torch.linalg.svd(torch.randn(2, *shape), full_matrices=False)
+    matrices = ((u * torch.arange(1.0, 1 + s.size(1)) ** -decay) @ v).bfloat16()
+    expected = in_float64(matrices)
+    assert (near(matrices) - expected).norm() < 0.2 * expected.norm()
+    assert torch.linalg.svdvals(near(matrices)).max() < 1.7
 
 
 def test_no_step_could_be_nearer_to_1():
