@@ -15,17 +15,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
+from torch import nn
 from torch.autograd import DeviceType
 from triton.runtime import KernelInterface
 
 from fastres.config import DATASET_DEFAULTS, TrainConfig, over_recipe
 from fastres.data.datasets import synthetic
+from fastres.data.splits import Dataset, Split
 from fastres.fields import as_json
 from fastres.flags import Parser, add_flags
+from fastres.models import create_model
 from fastres.ops.batch_norm_relu import launch, triton_kernels
 from fastres.profiling.measure import interleave
 from fastres.report.study import write_report
+from tests.conftest import write_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +45,7 @@ def script(name):
 
 sys.path.append(str(ROOT / "benchmarks"))  # as pytest does for what is there
 render, keep_run, timing = script("render"), script("keep_run"), script("timing")
-kernel_table, precompile = script("kernel_table"), script("precompile")
+kernel_table, precompile, plain_pytorch = script("kernel_table"), script("precompile"), script("plain_pytorch")
 RESULTS = ROOT / "benchmarks/results"
 
 VERSIONS = {"torch": "2.11.0"}
@@ -534,6 +540,32 @@ def test_the_shown_command_gives_the_settings_of_its_run(path):
     for name, value in run["config"].items():
         if name not in of_the_machine | {"warmup_epochs"}:
             assert config[name] == value, name
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet18"])
+def test_plain_pytorchs_networks_are_the_same_functions(name):
+    torch.manual_seed(0)
+    plain, ours = getattr(plain_pytorch, name)(), create_model(name, 3, fused=False)
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        nn.init.normal_(theirs, std=theirs[0].numel() ** -0.5) if theirs.ndim > 1 else nn.init.uniform_(theirs)
+        mine.data.copy_(theirs)
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(ours(images), plain(images), rtol=1e-3, atol=1e-3)
+
+
+def test_plain_pytorch_trains(tmp_path, rng, monkeypatch):
+    classes, labels = tuple(plain_pytorch.CLASSES), np.arange(12) % 3
+    split = Split((70 * labels[:, None, None, None] + rng.integers(0, 60, (12, 32, 32, 3))).astype(np.uint8), labels)
+    write_folder(tmp_path, Dataset("three shades", classes, split, split))
+    monkeypatch.setattr(plain_pytorch, "BATCH", 4)
+    monkeypatch.setattr(sys, "argv", ["plain_pytorch.py", str(tmp_path), str(tmp_path / "out.csv"), "--seeds", "1"])
+    plain_pytorch.main()
+    rows = pd.read_csv(tmp_path / "out.csv")
+    assert rows[["model", "seed", "epoch"]].to_numpy().tolist() == [
+        [model, 1, epoch] for model in ("vgg16", "resnet18") for epoch in (1, 2, 3)
+    ]
+    last = rows[rows["epoch"] == 3].set_index("model")
+    assert (last["train_loss"] < rows[rows["epoch"] == 1].set_index("model")["train_loss"]).all()
 
 
 @pytest.mark.parametrize("folder", sorted(RESULTS.glob("study-*")), ids=lambda path: path.name)

@@ -98,6 +98,13 @@ class Results:
             return Difference(self.means[metric] - other.means[metric])
         return difference(self.figures[metric], other.figures[metric], confidence)
 
+    def sampling_error(self, metric: str) -> float:
+        """The binomial standard error, in points, of a test accuracy, from the number of test images; 0 of others."""
+        if not metric.endswith("accuracy"):
+            return 0.0
+        share = self.means[metric] / 100
+        return 100 * math.sqrt(share * (1 - share) / self.summaries[0]["test_images"])
+
     def published_minus(self, other: "Results", metric: str) -> Difference:
         """The difference of the published figures; NaN unless both are known."""
         return Difference(self.published.get(metric, math.nan) - other.published.get(metric, math.nan))

@@ -76,6 +76,46 @@ def _anytime_interval(n: int, mean: float, deviation: float, error_rate: float) 
     return Difference(mean, mean - width, mean + width, n - 1, n)
 
 
+class Judgement(NamedTuple):
+    """Of a published figure: the interval in which another seed of ours would lie, infinite for one seed, and whether
+    the figure agrees with ours, in words."""
+
+    low: float
+    high: float
+    verdict: str
+
+    @property
+    def known(self) -> bool:
+        return math.isfinite(self.low)
+
+
+def judge(published: float, ours: pd.Series, sampling: float, rounding: float) -> Judgement:
+    """Whether a ``published`` figure of one run, known to +-``rounding``, can be that of another seed of ``ours``.
+
+    The interval is Student's prediction interval of one more run from the spread over seeds, and the normal interval of
+    ``sampling``, the standard error from the finite test set, added in quadrature. A figure outside is not consistent.
+    One inside is consistent if it would be even with so many seeds that their spread is known; else it cannot be told.
+    """
+    level, seeds, mean = (1 + CONFIDENCE) / 2, len(ours), ours.mean()
+    deviation = ours.std() if seeds > 1 else 0.0
+    gap, normal = max(abs(published - mean) - rounding, 0.0), stats.norm.ppf(level)
+
+    def width(n: int) -> float:
+        if seeds == 1:
+            return math.inf
+        return math.hypot(stats.t.ppf(level, n - 1) * deviation * math.sqrt(1 + 1 / n), normal * sampling)
+
+    if gap <= normal * math.hypot(deviation, sampling):
+        verdict = "consistent"
+    elif gap > width(seeds):
+        verdict = "not consistent"
+    else:
+        verdict = f"cannot be told by {seeds} seed{'s' * (seeds > 1)}"
+        if enough := next((n for n in range(seeds, MOST_SEEDS) if width(n) < gap), None):
+            verdict += f"; about {enough - seeds} more would"
+    return Judgement(mean - width(seeds), mean + width(seeds), verdict)
+
+
 def decided(interval: Difference, margin: float) -> bool:
     """Whether ``interval`` excludes ``margin`` and its negative: it is beyond one of them, or between the two."""
     return all(bound < interval.low or interval.high < bound for bound in (-margin, margin))

@@ -1,6 +1,7 @@
 """The report of a study, from study.json and the folders of its runs: report.md with its figures, and report.html with
 the pictures inside, which needs no network. The sentences are in study.md.j2."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from fastres.report.statistics import (
     anytime_interval,
     decided,
     difference,
+    judge,
     more_seeds,
 )
 
@@ -44,6 +46,7 @@ METRICS = {
     "epochs": Metric("epochs", 0, "epochs", ""),
     "epoch_seconds": Metric("s/epoch", 2, "seconds an epoch", ""),
 }
+CLAIMED = ("best_accuracy", "last_accuracy", "mean_accuracy", "test_loss", "params_millions")  # what can be judged
 
 
 def write_report(folder: Path, price_per_hour: float = 0.0) -> Path:
@@ -79,6 +82,7 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         figures=list(figures.items()),
         noise={metric: max(values) - min(values) for metric, values in study.get("repeated", {}).items()},
         accuracy_table=accuracy_table(results),
+        claims_table=table_of(rows) if (rows := claims(study, results, compared)) else "",
         phase_table=phase_table(study, results),
         tricks_table=tricks_table(study, results),
         losses_table=losses_table(study, results),
@@ -180,6 +184,34 @@ def accuracy_table(results: list[Results]) -> str:
             figures = ((METRICS[name], figure) for name, figure in result.published.items())
             rows.append({"run": "*published*"} | {metric.title: f"{x:,.{metric.digits}f}" for metric, x in figures})
     return table_of(rows)
+
+
+def claims(study: dict[str, Any], results: list[Results], compared: list[Results]) -> list[dict[str, str]]:
+    """Rows of a table: every published figure of ``results`` but seconds, and every published difference in accuracy of
+    one of ``compared`` from the first of them, beside ours and whether they agree."""
+    scaled = min(study["scale"], study["data_scale"]) < 1
+    rows = []
+    for name in CLAIMED:
+        metric, differing = METRICS[name], compared[1:] if name.endswith("accuracy") else []
+        for result, other in [(result, None) for result in results] + [(result, compared[0]) for result in differing]:
+            published, ours, label = result.published.get(name, math.nan), result.figures[name], result.label
+            sampling = result.sampling_error(name)
+            if other:
+                published, ours = result.published_minus(other, name).value, ours - other.figures[name]
+                sampling, label = math.hypot(sampling, other.sampling_error(name)), f"{label} minus {other.label}"
+            if not math.isnan(published):
+                number = f"{{:{'+' if other else ''},.{metric.digits}f}}".format
+                found = judge(published, ours.dropna(), sampling, 0.5 * 10**-metric.digits)
+                rows.append(
+                    {
+                        "figure": as_markdown(f"{label}: {metric.name}"),
+                        "published": number(published),
+                        "ours": number(ours.mean()),
+                        "another seed of ours": f"{number(found.low)} to {number(found.high)}" if found.known else "",
+                        "verdict": "cannot be told: scaled down" if scaled else found.verdict,
+                    }
+                )
+    return rows
 
 
 def phase_table(study: dict[str, Any], results: list[Results]) -> str:

@@ -7,11 +7,43 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from fastres.report.statistics import anytime_interval, decided, difference, more_seeds
+from fastres.report.statistics import anytime_interval, decided, difference, judge, more_seeds
 
 
 def by_seed(*values, first=0):
     return pd.Series(values, range(first, first + len(values)))
+
+
+@pytest.mark.parametrize(
+    ("published", "ours", "verdict"),
+    [
+        (90.4, (90.0,), "consistent"),  # within the error of the test set
+        (91.4, (90.0,), "cannot be told by 1 seed"),
+        (90.9, (90.0, 90.5, 89.5), "consistent"),
+        (
+            92.0,
+            (90.0, 90.5, 89.5),
+            "cannot be told by 3 seeds; about 1 more would",
+        ),  # 2.57 wide now, 1.90 with a fourth
+        (93.0, (90.0, 90.5, 89.5), "not consistent"),
+    ],
+)
+def test_a_published_figure_is_judged(published, ours, verdict):
+    assert judge(published, by_seed(*ours), sampling=0.3, rounding=0.005).verdict == verdict
+
+
+def test_a_figure_without_spread_is_judged_by_its_digits():
+    assert judge(11.17, by_seed(11.173962, 11.173962), 0.0, 0.005).verdict == "consistent"
+    assert judge(11.18, by_seed(11.173962, 11.173962), 0.0, 0.005).verdict == "not consistent"
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_another_seed_is_judged_wrongly_in_5_percent(seeds):
+    rng, wrong, studies = np.random.default_rng(0), 0, 2000
+    for _ in range(studies):
+        *ours, published = rng.normal(90, 0.4, seeds + 1)
+        wrong += judge(published, by_seed(*ours), 0.0, 0.0).verdict == "not consistent"
+    assert wrong / studies == pytest.approx(0.05, abs=0.015)  # 3 standard errors
 
 
 def test_shared_seeds_are_paired():

@@ -143,6 +143,19 @@ def test_accuracy_is_mean_and_deviation_over_seeds_beside_the_published(report_o
     assert "± standard deviation over 2 seeds" in report
 
 
+def test_published_figures_are_judged(text_of, study):
+    figures = [line.split(" | ") for line in text_of().splitlines() if line.endswith("consistent |")]
+    assert [row[0] for row in figures] == [
+        "| VGG-16: best accuracy", "| ResNet-50: best accuracy", "| ResNet-50 minus VGG-16: best accuracy"
+    ]  # fmt: skip
+    # 93 and 95, of 200 test images: 94 +- t 1.4142 sqrt(1.5) and +- 1.96 1.68
+    low, high = 94 - np.hypot(12.7062 * 1.41421 * 1.5**0.5, 1.95996 * 1.67929), 94 + 22.2520
+    assert figures[0][1:] == ["94.17", "94.00", f"{low:.2f} to {high:.2f}", "consistent |"]
+    assert figures[2][1:3] == ["-8.37", "-6.00"]
+    assert "cannot be told: scaled down" in text_of(scale=0.5)
+    assert "not consistent" in text_of(runs=[study["runs"][0] | {"published": {"params_millions": 15.7}}])
+
+
 def test_cost_beside_eager_and_published(report_of):
     report = report_of(price_per_hour=100)
     assert (
