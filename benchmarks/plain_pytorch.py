@@ -111,7 +111,7 @@ def main() -> None:
         ThreeClasses(given.folder / "train", AUGMENT), BATCH, shuffle=True, drop_last=True, num_workers=1
     )
     test = DataLoader(ThreeClasses(given.folder / "test", PLAIN), 250, num_workers=1)
-    with given.file.open("w", newline="") as file:
+    with given.file.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["model", "seed", "epoch", "train_loss", "test_accuracy"])
         for seed in given.seeds:

@@ -127,3 +127,12 @@ class CommandLine:
 @pytest.fixture
 def command_line(capfd: pytest.CaptureFixture[str]) -> CommandLine:
     return CommandLine(capfd)
+
+
+@pytest.fixture
+def flags(image_folder, tmp_path):
+    """A run of seconds."""
+    return [
+        "--model", "vgg11", "--dataset", "folder", "--data-dir", image_folder, "--epochs", 2, "--batch-size", 20,
+        "--lr", 0.02, "--device", "cpu", "--output-dir", tmp_path / "run",
+    ]  # fmt: skip

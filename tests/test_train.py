@@ -7,37 +7,20 @@ import shlex
 import signal
 import subprocess
 import sys
-import tomllib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import fastres
-from fastres import models, train
-from fastres.config import TrainConfig, over_recipe
-from fastres.data.datasets import synthetic
-from fastres.fields import as_json, read_table
-from fastres.profiling import roofline
+from fastres import train
 from fastres.report.tables import class_table
 from fastres.train import catch_signals
-from fastres.training import cost
-from fastres.training.start import choose_dataset
 from fastres.training.trainer import Trainer
 from tests.conftest import write_folder
 
 pytestmark = pytest.mark.usefixtures("tiny_vgg11")
-
-
-@pytest.fixture
-def flags(image_folder, tmp_path):
-    """A run of seconds."""
-    return [
-        "--model", "vgg11", "--dataset", "folder", "--data-dir", image_folder, "--epochs", 2, "--batch-size", 20,
-        "--lr", 0.02, "--device", "cpu", "--output-dir", tmp_path / "run",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("loader", ["dali", "eager"])
@@ -325,65 +308,6 @@ def test_the_classes_by_accuracy(command_line, flags, tmp_path):
     assert f"{min(summary['per_class_accuracy'].values()):.2f} %" in below.splitlines()[2]
 
 
-def test_settings_from_a_file(command_line, flags, tmp_path):
-    run = tmp_path / "run"
-    assert command_line(*flags, "--label-smoothing", 0.1, "--amp", "auto") == 0
-    config = json.loads((run / "config.json").read_text())
-    assert command_line("--config", run / "config.json", "--seed", 2, "--output-dir", tmp_path / "second") == 0
-    second = json.loads((tmp_path / "second/config.json").read_text())
-    own = {"seed": 2, "output_dir": str(tmp_path / "second")}
-    assert second["asked"] == config["asked"] | own
-    assert second["asked"]["amp"] == "auto"  # chosen anew
-    assert second["chosen"].get("amp") == config["chosen"].get("amp")
-
-    assert "--recipe fast: changes nothing" in command_line.one_line(
-        "--config", run / "config.json", "--recipe", "fast"
-    )
-    toml = tmp_path / "settings.toml"
-    toml.write_text(f'label-smoothing = 0.2\nbatch_size = 10\nlr = 0.5\noutput_dir = "{tmp_path}/no"\nrecipe = "fast"')
-    assert command_line(*flags[:-2], "--lr", 0.01, "--config", toml, "--print-config") == 0
-    printed = tomllib.loads(command_line.out)
-    assert [printed[name] for name in ("label_smoothing", "batch_size", "lr")] == [0.2, 20, 0.01]
-    assert printed["optimizer"] == "muon"  # flags, file, recipe
-    assert "# output_dir: auto\n" in command_line.out
-    assert 'device = "cpu"\n' in command_line.out
-    assert 'loader = "auto"  # here "dali"\n' in command_line.out
-    assert not (tmp_path / "no").exists()
-    printed_file = tmp_path / "printed.toml"
-    printed_file.write_text(command_line.out)
-    again = command_line.out
-    assert command_line("--config", printed_file, "--print-config") == 0
-    assert command_line.out == again
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.toml", "lr = ", "a.toml: not readable as TOML"),
-        ("a.toml", "l = 1", "a.toml: unknown key l; did you mean"),
-        ("a.toml", "lr = -1", "--lr -1: must be above 0"),
-        ("a.toml", 'lr = "a"', "a.toml: lr: must be a number, not 'a'"),
-        ("none.toml", None, "none.toml: not readable as TOML"),
-        ("none.json", None, "none.json: not readable as JSON"),
-        ("a.json", "{}", "a.json: asked: is missing"),
-        ("a.toml", 'model = "os:getcwd"', "a function is imported only where it is given"),
-    ],
-)
-def test_bad_files_of_settings(name, content, message, command_line, flags, tmp_path):
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    assert message in command_line.one_line("--config", tmp_path / name, *flags[2:10])
-
-
-def test_a_file_of_settings_is_for_a_new_run(command_line, flags, tmp_path):
-    assert command_line(*flags) == 0
-    for action in ("--resume", "--eval"):
-        for flag in (["--config", tmp_path / "run/config.json"], ["--print-config"]):
-            assert f"{flag[0]}: is for a new run; leave it off" in command_line.one_line(
-                action, tmp_path / "run", *flag
-            )
-
-
 def test_renamed_classes(command_line, flags, image_folder, tmp_path):
     assert command_line(*flags) == 0
     for part in ("train", "test"):
@@ -468,129 +392,6 @@ def test_resume_of_another_model(command_line, flags, tmp_path):
         assert re.search(message, command_line.one_line("--eval", tmp_path / "run", *arguments))
 
 
-NET = """
-from torch import nn
-
-def net(num_classes):
-    open("imported", "a").write("x")
-    body = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.GroupNorm(2, 8), nn.GELU()
-    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
-"""
-
-
-@pytest.fixture
-def net(own_models, tmp_path, monkeypatch):
-    """The name of a network of one's own, and the file that it leaves wherever it is called."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "nets.py").write_text(NET)
-    return "nets.py:net", tmp_path / "imported"
-
-
-def test_a_network_of_ones_own(command_line, flags, net, tmp_path):
-    name, imported = net
-    run = tmp_path / "run"
-    assert command_line(*flags, "--model", name, "--image-size-schedule", "16:0.5", "--init", "dirac") == 0
-    line = "model nets.py:net: 0.00 M parameters, 0.000 GMAC forward; the limit leaves out GELU, GroupNorm"
-    assert line in command_line.out
-    assert json.loads((run / "config.json").read_text())["asked"]["model"] == name
-    models.MODELS.pop(name)
-    imported.unlink()
-    for action in ("--resume", "--eval"):
-        message = (
-            "--model nets.py:net: a function is imported only where it is given as a flag or argument; add --model"
-        )
-        assert message in command_line.one_line(action, run)
-        assert not imported.exists()
-    assert command_line("--resume", run, "--epochs", 3, "--model", f"{tmp_path}/{name}") == 0
-    assert command_line("--eval", run, "--model", name) == 0
-    assert f"is a run with {tmp_path}/nets.py:net; leave" in command_line.one_line("--eval", run, "--model", "resnet18")
-    assert "--zero-gamma: nets.py:net has no residual blocks" in command_line.one_line(
-        *flags[:-1], tmp_path / "other", "--model", name, "--zero-gamma"
-    )
-
-
-ODD = """
-import torch
-from torch import nn
-
-class Tied(nn.Module):
-    def __init__(self, num_classes):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-        self.shift = nn.Parameter(torch.zeros(1, 3, 1, 1))
-        self.layers = nn.Parameter(torch.ones(2, 1, 1))
-        self.conv = nn.Conv2d(3, 3, 3, padding=1)
-        self.again = self.conv
-        self.deep = nn.Conv2d(3, 4, 3, 2)
-        self.last = nn.Conv2d(4, num_classes, 3, 2)
-        self.norm = nn.BatchNorm1d(num_classes)
-
-    def forward(self, x):
-        x = self.again(self.conv(x * self.scale + self.shift).relu()) * self.layers.mean()
-        return self.norm(self.last(self.deep(x)).mean((2, 3)))
-
-class Two(Tied):
-    def forward(self, x):
-        logits = super().forward(x)
-        return (logits, logits) if self.training else logits
-
-class Early(nn.Module):
-    def __init__(self, num_classes):
-        super().__init__()
-        self.parts = nn.Sequential(nn.Conv2d(3, num_classes, 3, 2), nn.BatchNorm2d(num_classes), nn.ReLU())
-
-    def forward(self, x):
-        return self.parts[1](self.parts[0](x)).mean((2, 3))
-"""
-
-
-def test_a_function_called_like_a_model(command_line, flags, net, tmp_path):
-    (tmp_path / "nets.py").write_text(NET + "\nresnet18 = net\n")
-    assert command_line(*flags, "--model", "nets.py:resnet18") == 0
-    assert "is a run with nets.py:resnet18; leave" in command_line.one_line(
-        "--eval", tmp_path / "run", "--model", "resnet18"
-    )
-
-
-def test_odd_networks_of_ones_own(command_line, flags, net, tmp_path, monkeypatch):
-    (tmp_path / "odd.py").write_text(ODD)
-    monkeypatch.setitem(cost.MEASURED_FLOP, "cpu", 1.0)
-    monkeypatch.setattr(roofline, "MEASURE_SECONDS", 0.01)
-    monkeypatch.setitem(roofline.MATRIX_SIZE, "cpu", 64)
-    run = tmp_path / "run"
-    assert command_line(*flags, "--model", "odd.py:Tied", "--recipe", "fast") == 0
-    assert command_line("--eval", run, "--model", "odd.py:Tied") == 0
-    assert "is a run with odd.py:Tied; leave" in command_line.one_line("--eval", run, "--model", "odd.py:Two")
-    assert command_line(*flags, "--model", "odd.py:Early", "--no-fused", "--output-dir", tmp_path / "early") == 0
-    assert json.loads((tmp_path / "early/summary.json").read_text())["share_of_limit"] > 0
-    assert command_line(*flags, "--model", "odd.py:Two", "--output-dir", tmp_path / "two") == 2
-    assert "--model odd.py:Two: fails in a step (TypeError: cross_entropy_loss()" in command_line.err
-    assert command_line(*flags, "--model", "odd.py:Tied", "--sync-bn", "--output-dir", tmp_path / "sync") == 0
-    assert "; --sync-bn leaves BatchNorm1d as it is" in command_line.out
-
-
-def test_a_network_of_ones_own_is_no_vgg():
-    for name in ("vgg_like.py:net", "vggs:vgg11"):
-        assert over_recipe({"model": name, "recipe": "fast"})["image_size_schedule"] == "16:0.5,24:0.85"
-        large = {"model": name, "recipe": "fast", "image_size": 1000}
-        assert TrainConfig(**over_recipe(large)).image_size_schedule == "500:0.5,750:0.85"
-        assert TrainConfig(model=name, image_size_schedule="16:0.5").model == name
-
-
-def test_the_folder_of_a_network_of_ones_own(command_line, flags, net, tmp_path):
-    assert command_line(*flags[:-2], "--model", f"{tmp_path}/nets.py:net", "--no-fused") == 0
-    assert [path.name[:12] for path in (tmp_path / "runs").iterdir()] == ["net-folder-2"]
-
-
-def test_the_spelling_of_an_augmentation_does_not_matter(command_line, flags, tmp_path):
-    assert command_line(*flags, "--augmentation", "erasing-flip-crop") == 0
-    assert json.loads((tmp_path / "run/config.json").read_text())["asked"]["augmentation"] == "crop-flip-erasing"
-    assert command_line("--resume", tmp_path / "run", "--epochs", 3, "--augmentation", "crop-erasing-flip") == 0
-    message = command_line.one_line("--resume", tmp_path / "run", "--augmentation", "flip-crop")
-    assert "--augmentation crop-flip: " in message
-    assert "is a run with crop-flip-erasing; leave the flag off" in message
-
-
 def test_fewer_epochs_than_are_done(command_line, flags, tmp_path):
     assert command_line(*flags, "--epochs", 3) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -606,51 +407,3 @@ def test_ctrl_c_before_training(command_line, flags, monkeypatch):
     monkeypatch.setattr("fastres.training.start.load_dataset", interrupted)
     assert command_line(*flags) == 130
     assert command_line.err == "python -m fastres.train: interrupted\n"
-
-
-@pytest.mark.parametrize(
-    ("recipe", "model", "expected"),
-    [
-        ("study-a", "vgg16", {"epochs": 20}),
-        ("study-a", "resnet50", {"epochs": 15}),
-        ("study-b", "resnet18", {"lr": 0.1}),
-        ("study-b", "vgg19_bn_4096", {"lr": 0.1}),
-        ("study-b", "vgg19_4096", {"lr": 0.01}),
-    ],
-)
-def test_the_studies_settings_are_the_published_ones(recipe, model, expected):
-    published = {
-        "study-a": {
-            "dataset": "mini-cifar10", "augmentation": "none", "eval_batch_size": 100, "lr": 0.01,
-            "schedule": "constant", "init": "default",
-        },
-        "study-b": {
-            "dataset": "cifar10", "augmentation": "crop-flip", "epochs": 100, "schedule": "multistep",
-            "milestones": (50, 75), "init": "study-b", "eval_batch_size": 128,
-        },
-    }  # fmt: skip
-    expected = published[recipe] | expected
-    expected |= {"batch_size": 128, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": False, "warmup_epochs": 0.0}
-    expected |= {"zero_gamma": False, "drop_last": False, "label_smoothing": 0.0}  # as plain scripts have it
-    config = vars(TrainConfig(**over_recipe({"recipe": recipe, "model": model})))
-    assert {name: config[name] for name in expected} == expected
-
-
-def test_defaults_give_way_to_the_models_the_datasets_and_the_flags_that_were_given():
-    def chosen(name="synthetic", **given):
-        dataset = replace(synthetic(200), name=name)
-        return choose_dataset(over_recipe(given), lambda line: None, lambda *_: (dataset, name))[0]
-
-    assert chosen(model="resnet18").lr == 0.1
-    assert chosen(model="vgg16").lr == 0.01
-    assert chosen(model="vgg16", lr=0.3).lr == 0.3
-    assert chosen(recipe="study-b", model="vgg16").lr == 0.1
-    digits = chosen("digits", model="resnet18")
-    assert (digits.epochs, digits.batch_size, digits.lr, digits.augmentation) == (7, 32, 0.02, "none")
-    digits = chosen("digits", model="resnet18", lr=0.3, augmentation="crop-flip")
-    assert (digits.epochs, digits.lr, digits.augmentation) == (7, 0.3, "crop-flip")
-
-
-def test_config_survives_json():
-    config = TrainConfig(milestones=(5, 7), classes=("a", "b"), schedule="multistep", compile=True)
-    assert read_table(TrainConfig, json.loads(json.dumps(as_json(config)))) == config
