@@ -2,6 +2,7 @@
 
     python benchmarks/render.py [RESULTS [DOCUMENT...]]
 
+Without a DOCUMENT it also draws docs/recipes.png.
 A table NAME of a document replaces what stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``. Of
 several files that measured the same thing on the same machine, the newest counts.
 """
@@ -13,18 +14,18 @@ from collections.abc import Callable, Iterable, Iterator
 from io import StringIO
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pandas as pd
+from recipes import Content, Steps, draw, reached
 
 from fastres.errors import UserError
 from fastres.files import read_json
 from fastres.report.page import as_markdown, table
-from fastres.report.results import one_of_each_model, read_results
+from fastres.report.results import Estimate, one_of_each_model, read_results
 from fastres.report.study import scale_line
 
+PICTURE = "docs/recipes.png"
 DOCUMENTS = ("README.md", "docs/measurements.md")
-Content = dict[str, Any]
 
 
 def main(arguments: list[str]) -> int:
@@ -42,6 +43,8 @@ def main(arguments: list[str]) -> int:
         contents += [read_benchmarks(path) for path in sorted(results.rglob("bench-*.csv"))]
         for path, text in documents.items():
             path.write_text(render(text, contents), encoding="utf-8")
+        if not arguments[1:]:
+            draw(reached(by_date(contents), recipe_steps(contents)), recipes_measured(contents), Path(PICTURE))
     except (OSError, UserError) as error:
         print(f"render: error: {error}", file=sys.stderr)
         return 2
@@ -59,13 +62,18 @@ def read_benchmarks(path: Path) -> Content:
 
 def render(text: str, contents: Iterable[Content]) -> str:
     """``text`` with its tables filled from ``contents``. Raises KeyError for a table that is not in ``TABLES``."""
-    contents = sorted(contents, key=lambda content: content.get("date", ""))  # the newest last
+    contents = by_date(contents)
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
         return f"<!-- results:{name} -->\n{TABLES[name](contents)}\n<!-- /results:{name} -->"
 
     return re.sub(r"<!-- results:(?P<name>\w+) -->.*?<!-- /results:(?P=name) -->", fill, text, flags=re.DOTALL)
+
+
+def by_date(contents: Iterable[Content]) -> list[Content]:
+    """The newest last."""
+    return sorted(contents, key=lambda content: content.get("date", ""))
 
 
 def profile_tables(contents: list[Content]) -> str:
@@ -122,26 +130,33 @@ def training_table(contents: list[Content]) -> str:
 
 
 def front_table(contents: list[Content]) -> str:
-    """The most accurate run of each network on the whole of its data, and the speed-up of a training step."""
-    times = {row["case"]: eager["times_as_long"] for row, eager in _newest(contents, "step", "fastres", "eager")}
-    best: dict[tuple[str, str], Content] = {}
-    for run in (content for content in contents if "data" in content and content["config"]["train_fraction"] == 1):
-        key = run["config"]["model"], run["data"]
-        best[key] = max(run, best.get(key, run), key=lambda run: run["last_accuracy"])
+    """What each recipe reaches with each network, and the seconds of its steps."""
     rows = [
         [
-            f"`{model}`, {data}",
-            f"{run['last_accuracy']:.2f} ({run['best_accuracy']:.2f}) after {run['config']['epochs']}, n = 1",
-            f"{run['epoch_seconds']:,.1f}",
-            f"{times[model]:.2f}" if model in times else "",
+            f"`{row.model}`, {row.data}",
+            row.recipe,
+            f"{row.epochs}",
+            f"{row.work:.2f}",
+            Estimate.of(row.accuracy).text(),
+            f"{len(row.accuracy)}",
+            f"{row.seconds:,.0f}",
         ]
-        for (model, data), run in sorted(best.items())
+        for row in reached(contents, recipe_steps(contents))
     ]
-    measured = sorted(
-        {f"{run['device']}, {run['date'][:10]}, torch {run['versions']['torch']}" for run in best.values()}
-    )
-    head = ["network, data", "test accuracy, % at the last epoch (best), epochs", "s/epoch", "step, x eager"]
-    return f"{table(head, rows)}\n\n*{'; '.join(measured)}.*"
+    head = ["network, data", "recipe", "epochs", "epochs' work", "test accuracy, %", "n", "seconds"]
+    return f"{table(head, rows)}\n\n*Seconds of the steps, {recipes_measured(contents)}.*"
+
+
+def recipe_steps(contents: list[Content]) -> dict[str, Steps]:
+    """The measured steps of each network, as ``reached`` takes them."""
+    names = "sgd", "muon, 16x16", "muon, 24x24", "muon, 32x32"
+    return {rows[0]["case"]: dict(zip(names, rows, strict=True)) for rows in _newest(contents, "optimizer", *names)}
+
+
+def recipes_measured(contents: list[Content]) -> str:
+    """Where and when the steps were measured."""
+    measured = [steps["sgd"] for steps in recipe_steps(contents).values()]
+    return "; ".join(sorted({f"at the rates of {step['device']}, {_provenance(step)}" for step in measured}))
 
 
 def loader_table(contents: list[Content]) -> str:
@@ -171,7 +186,7 @@ def step_table(contents: list[Content]) -> str:
 
 def optimizer_table(contents: list[Content]) -> str:
     """A training step of each model with SGD and with Muon."""
-    rows = _steps(contents, "optimizer", "sgd", "muon", slower="muon")
+    rows = _steps(contents, "optimizer", "sgd", "muon, 32x32", slower="muon, 32x32")
     return table(["device", "model", "batch", "SGD, ms", "Muon, ms", "Muon / SGD", "measured"], rows)
 
 

@@ -13,9 +13,11 @@ from itertools import count
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastres.config import TrainConfig, over_recipe
 from fastres.data.datasets import synthetic
+from fastres.data.sizes import image_sizes
 from fastres.models import create_model
 from fastres.profiling.measure import (
     EAGER,
@@ -104,11 +106,13 @@ def test_training(report, name, model, dataset):
 
 @pytest.mark.parametrize("model", ["resnet18", "resnet50", "vgg16"])
 def test_muon(report, model, dataset):
-    """A step of the fast recipe, at its batch size, and the same with SGD."""
+    """A step of the fast recipe, at its batch size and sizes of images, and with SGD at full size."""
     muon, _ = resolve(TrainConfig(**over_recipe({"recipe": "fast", "model": model})), dataset)
-    configs = {"sgd": replace(muon, optimizer="sgd"), "muon": muon}
-    batch, numbers = first_batch(muon, dataset), count()
-
-    loader = RepeatedBatch(batch, STEPS)
-    candidates = {name: training(config, dataset, loader, numbers) for name, config in configs.items()}
+    (images, labels), numbers = first_batch(replace(muon, image_size_schedule="none"), dataset), count()
+    candidates = {
+        "sgd": training(replace(muon, optimizer="sgd"), dataset, RepeatedBatch((images, labels), STEPS), numbers)
+    }
+    for size, _ in image_sizes(muon.image_size_schedule):
+        loader = RepeatedBatch((F.adaptive_avg_pool2d(images, size), labels), STEPS)
+        candidates[f"muon, {size}x{size}"] = training(muon, dataset, loader, numbers)
     report("optimizer", model, muon.batch_size, muon.device, seconds_of_a_step(candidates))
