@@ -1,5 +1,5 @@
 # make train   set up if needed, then train (ARGS="--model vgg16 --dataset cifar10" passes flags on)
-# make test    set up if needed, then run the whole test suite
+# make test    set up if needed, then run the whole test suite, two files at a time with one thread each
 # make doctor  set up if needed, then check every fast part on this machine
 # make bench   set up if needed, then run the benchmarks into benchmarks/results/
 # make setup   set up, also where that is done already: after another torch or a compiler was installed
@@ -17,7 +17,7 @@ train: .venv/ready
 	$(BIN)/python -m fastres.train $(ARGS)
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 doctor: .venv/ready
 	$(BIN)/python -m fastres.doctor

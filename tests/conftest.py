@@ -17,7 +17,7 @@ from fastres.data.image_folder import folder
 from fastres.data.splits import Dataset, Split
 from fastres.models import MODELS
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script's background jobs would ignore
 
 

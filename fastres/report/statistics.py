@@ -84,10 +84,6 @@ class Judgement(NamedTuple):
     high: float
     verdict: str
 
-    @property
-    def known(self) -> bool:
-        return math.isfinite(self.low)
-
 
 def judge(published: float, ours: pd.Series, sampling: float, rounding: float) -> Judgement:
     """Whether a ``published`` figure of one run, known to +-``rounding``, can be that of another seed of ``ours``.

@@ -189,29 +189,34 @@ def accuracy_table(results: list[Results]) -> str:
 def claims(study: dict[str, Any], results: list[Results], compared: list[Results]) -> list[dict[str, str]]:
     """Rows of a table: every published figure of ``results`` but seconds, and every published difference in accuracy of
     one of ``compared`` from the first of them, beside ours and whether they agree."""
-    scaled = min(study["scale"], study["data_scale"]) < 1
     rows = []
     for name in CLAIMED:
-        metric, differing = METRICS[name], compared[1:] if name.endswith("accuracy") else []
-        for result, other in [(result, None) for result in results] + [(result, compared[0]) for result in differing]:
-            published, ours, label = result.published.get(name, math.nan), result.figures[name], result.label
-            sampling = result.sampling_error(name)
-            if other:
-                published, ours = result.published_minus(other, name).value, ours - other.figures[name]
-                sampling, label = math.hypot(sampling, other.sampling_error(name)), f"{label} minus {other.label}"
+        for one in results:
+            if name in one.published:
+                rows.append(claim(one.label, name, one.published[name], one.figures[name], one.sampling_error(name)))
+        for one in compared[1:] if name.endswith("accuracy") else []:
+            other = compared[0]
+            published = one.published_minus(other, name).value
             if not math.isnan(published):
-                number = f"{{:{'+' if other else ''},.{metric.digits}f}}".format
-                found = judge(published, ours.dropna(), sampling, 0.5 * 10**-metric.digits)
-                rows.append(
-                    {
-                        "figure": as_markdown(f"{label}: {metric.name}"),
-                        "published": number(published),
-                        "ours": number(ours.mean()),
-                        "another seed of ours": f"{number(found.low)} to {number(found.high)}" if found.known else "",
-                        "verdict": "cannot be told: scaled down" if scaled else found.verdict,
-                    }
-                )
-    return rows
+                changes = (one.figures[name] - other.figures[name]).dropna()
+                sampling = math.hypot(one.sampling_error(name), other.sampling_error(name))
+                rows.append(claim(f"{one.label} minus {other.label}", name, published, changes, sampling, sign="+"))
+    scaled = min(study["scale"], study["data_scale"]) < 1
+    return [row | {"verdict": "cannot be told: scaled down"} for row in rows] if scaled else rows
+
+
+def claim(label: str, name: str, published: float, ours: pd.Series, sampling: float, sign: str = "") -> dict[str, str]:
+    """A row of ``claims``, of a figure ``name`` of METRICS. ``sign``: + to show it where it is positive."""
+    metric = METRICS[name]
+    number = f"{{:{sign},.{metric.digits}f}}".format
+    found = judge(published, ours, sampling, rounding=0.5 * 10**-metric.digits)
+    return {
+        "figure": as_markdown(f"{label}: {metric.name}"),
+        "published": number(published),
+        "ours": number(ours.mean()),
+        "another seed of ours": f"{number(found.low)} to {number(found.high)}" if math.isfinite(found.low) else "",
+        "verdict": found.verdict,
+    }
 
 
 def phase_table(study: dict[str, Any], results: list[Results]) -> str:

@@ -23,7 +23,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.squeeze(0)  # a CPU multiplies a single matrix faster than a batch of one
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    if max(x.shape[-2:]) > 2 * min(x.shape[-2:]):
+    if max(x.shape[-2:]) >= 2 * min(x.shape[-2:]):
         factor = product_of_steps(x.mT @ x if tall else x @ x.mT, COEFFICIENTS)
         return (x @ factor if tall else factor @ x).view_as(matrices)
     add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
