@@ -37,7 +37,7 @@ def kept(run: Path, data: str | None = None) -> dict[str, Any]:
 
 
 def without_folders(command: str) -> str:
-    return re.sub(r"--data-dir[ =]\S+", "--data-dir DIR", re.sub(r" --output-dir[ =]\S+", "", command))
+    return re.sub(r"(--data-dir|--resume)[ =]\S+", r"\1 DIR", re.sub(r" --output-dir[ =]\S+", "", command))
 
 
 if __name__ == "__main__":

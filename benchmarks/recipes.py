@@ -109,5 +109,5 @@ def draw(rows: list[Reached], device: str, file: Path) -> None:
         title="numbers: epochs; lines: from the lowest seed to the highest",
     )  # fmt: skip
     number_plainly(axes.xaxis)
-    axes.legend(handles=handles, loc="lower right", fontsize="small")
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(file, dpi=150)
