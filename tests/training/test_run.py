@@ -39,7 +39,12 @@ from tests.training.conftest import start
 pytestmark = pytest.mark.usefixtures("tiny_vgg11")
 
 
-def test_what_a_run_leaves(finished, arrays):
+@pytest.fixture
+def command(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", "-m", "fastres.train", "--data-dir", "my images"])
+
+
+def test_what_a_run_leaves(command, finished, arrays):
     run, summary = finished
     names = {path.name for path in run.folder.iterdir() if not path.name.startswith("events")}
     assert names == {
@@ -85,7 +90,7 @@ def test_what_a_run_leaves(finished, arrays):
     assert summary["params_millions"] == pytest.approx(1.450e-3, abs=1e-6)
     for name in ("device", "loader", "amp", "channels_last", "compile", "fused", "seed", "versions", "commit"):
         assert name in summary
-    assert "pytest" in summary["command"]
+    assert summary["command"] == "python -m fastres.train --data-dir 'my images'"
     assert (datetime.now() - datetime.fromisoformat(summary["date"])).total_seconds() < 600
     assert len(load_file(run.folder / "best.safetensors")) == len(run.trainer.model.state_dict())
 
