@@ -37,7 +37,11 @@ def kept(run: Path, data: str | None = None) -> dict[str, Any]:
 
 
 def without_folders(command: str) -> str:
-    return re.sub(r"(--data-dir|--resume)[ =]\S+", r"\1 DIR", re.sub(r" --output-dir[ =]\S+", "", command))
+    for pattern, text in (
+        (r" --output-dir[ =]\S+", ""), (r"--data-dir[ =]\S+", "--data-dir DIR"), (r"--resume[ =]\S+", "--resume RUN"),
+    ):  # fmt: skip
+        command = re.sub(pattern, text, command)
+    return command
 
 
 if __name__ == "__main__":

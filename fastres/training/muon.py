@@ -16,9 +16,10 @@ COEFFICIENTS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, 
 def orthogonalized(matrices: Tensor) -> Tensor:
     """U V^T, roughly, of each of the bfloat16 ``[B, rows, columns]`` with singular value decomposition U S V^T.
 
-    Newton-Schulz iteration. Singular values below a hundredth of the Frobenius norm stay below 0.73. Where that halves
-    the arithmetic the steps are multiplied with each other, so that they take products of Gram matrices alone (Zhang et
-    al. 2026, https://dao-lab.ai/blog/2026/gram-newton-schulz).
+    Newton-Schulz iteration. Singular values below a hundredth of the Frobenius norm stay below 0.73. Where that takes
+    less arithmetic the steps are multiplied with each other, by products of Gram matrices (Zhang et al. 2026,
+    https://dao-lab.ai/blog/2026/gram-newton-schulz). Rounding errors may then leave
+    small singular values of a matrix with nearly parallel rows at up to about 4.
     """
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.squeeze(0)  # a CPU multiplies a single matrix faster than a batch of one

@@ -66,7 +66,7 @@ PROCESSES = {
 
 @pytest.fixture(scope="session", autouse=True)
 def processes(request):
-    """Those of PROCESSES whose tests run: started with the first test of this file, and waited for after all others."""
+    """Those of PROCESSES whose tests run: started with the first test of this file, and waited for by its last ones."""
     chosen = {getattr(item, "callspec", None) and item.callspec.params.get("process") for item in request.session.items}
     started = {}
     for name in PROCESSES.keys() & chosen:
