@@ -8,7 +8,6 @@ for each model, seed and epoch. For fastres the same settings are those of the s
 
 import argparse
 import csv
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

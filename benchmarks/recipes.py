@@ -58,7 +58,7 @@ def reached(contents: Iterable[Content], steps: dict[str, Steps]) -> list[Reache
 
 
 def whole_runs(contents: Iterable[Content]) -> Iterator[tuple[Content, Content]]:
-    """Settings and figures of every run of its own, and of a study."""
+    """Settings and figures of every kept run: the single ones and those of the studies."""
     for content in contents:
         if "data" in content:
             yield content["config"], content

@@ -78,10 +78,10 @@ def test_a_network_of_ones_own(own_models, command_line, flags, study_file, tmp_
     source = "from torch import nn\ndef net(n): return nn.Sequential(nn.Flatten(), nn.Linear(3072, n))"
     (tmp_path / "nets.py").write_text(source)
     name = f"{tmp_path}/nets.py:net"
-    study_file.write_text(TINY.split("[runs.high]")[0].replace('"vgg11"', f'"{name}"'))
+    study_file.write_text(TINY.replace('"vgg11"', f'"{name}"'))
     assert "a function is imported only where it is given as a flag" in command_line.one_line(*flags)
     assert command_line(*flags, "--model", name) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"low-seed0", "eager-net"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"low-seed0", "high-seed0", "eager-net"}
     (tmp_path / "out/low-seed0/summary.json").unlink()
     assert command_line(*flags, "--model", name, "--resume") == 0
 

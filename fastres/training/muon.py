@@ -18,8 +18,8 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
     Newton-Schulz iteration. Singular values below a hundredth of the Frobenius norm stay below 0.73. Where that takes
     less arithmetic the steps are multiplied with each other, by products of Gram matrices (Zhang et al. 2026,
-    https://dao-lab.ai/blog/2026/gram-newton-schulz). Rounding errors may then leave
-    small singular values of a matrix with nearly parallel rows at up to about 4.
+    https://dao-lab.ai/blog/2026/gram-newton-schulz). Rounding errors may then leave small
+    singular values of a matrix with nearly parallel rows at up to about 4.
     """
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.squeeze(0)  # a CPU multiplies a single matrix faster than a batch of one
