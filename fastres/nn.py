@@ -1,4 +1,4 @@
-"""The norm layer of every model, BatchNorm that also adds the residual and applies ReLU, and the 1x1 convolution."""
+"""The layers of every model: BatchNorm that also adds the residual and applies ReLU, and convolutions of small maps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +13,10 @@ from fastres import ops
 from fastres.ops.batch_norm_relu import batch_norm_relu_twin, reference, refuse_create_graph
 from fastres.ops.batch_norm_relu.reference import transforms_active
 
-__all__ = ["BatchNormReLU2d", "EagerBatchNormReLU2d", "PointwiseConv2d", "SyncBatchNormReLU2d"]
+__all__ = ["BatchNormReLU2d", "EagerBatchNormReLU2d", "SmallMapConv2d", "SyncBatchNormReLU2d"]
 
-SMALL_MAP = 16  # pixels
+SMALL_MAP = 16  # pixels of a map on which a 1x1 convolution is a product
+MANY_IMAGES = 32  # in a batch for which the matrix of a 3x3 convolution is made
 
 
 class BatchNormReLU2d(nn.BatchNorm2d):
@@ -190,17 +191,20 @@ class _SyncBatchNormReLU(torch.autograd.Function):
         )
 
 
-class PointwiseConv2d(nn.Conv2d):
-    """A `torch.nn.Conv2d` of 1x1 and stride 1, computed as a matrix product where that is faster.
+class SmallMapConv2d(nn.Conv2d):
+    """A `torch.nn.Conv2d` of 1x1 or 3x3 and half as much padding, computed as a matrix product where that is faster.
 
-    That is on a CPU, for bfloat16 channels-last maps of few pixels: there the convolution's gradient of the weight
-    takes up to three times as long as the product's (oneDNN on AVX512-BF16).
+    That is on a CPU, for bfloat16 channels-last maps and stride 1. 1x1 on few pixels: the convolution's gradient of the
+    weight takes up to three times as long as the product's (oneDNN on AVX512-BF16). 3x3 on 2x2 pixels: every output
+    sees every input, and 5 of its 9 weights fall on padding, with which oneDNN multiplies, too.
 
-    Shape: `[N, in_channels, H, W]` to `[N, out_channels, H, W]`.
+    Shape: `[N, in_channels, H, W]` to `[N, out_channels, H / stride, W / stride]`, rounded up.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
-        super().__init__(in_channels, out_channels, 1, bias=bias)
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
 
     def __prepare_scriptable__(self) -> None:
         refuse_script(self)
@@ -208,12 +212,22 @@ class PointwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return fx_node(self, x)
+        height, width = x.shape[-2:]
+        pointwise = self.kernel_size == (1, 1)
+        small = height * width <= SMALL_MAP if pointwise else height == width == 2 and len(x) >= MANY_IMAGES
         bfloat16 = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-        small = x.size(2) * x.size(3) <= SMALL_MAP
         # vmap knows no layout but the contiguous one
-        if bfloat16 and small and not transforms_active() and x.is_contiguous(memory_format=torch.channels_last):
-            return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
-        return super().forward(x)
+        layout = not transforms_active() and x.is_contiguous(memory_format=torch.channels_last)
+        if not (small and self.stride == (1, 1) and bfloat16 and layout):
+            return super().forward(x)
+        pixels = x.movedim(1, -1)
+        if pointwise:
+            return F.linear(pixels, self.weight.flatten(1), self.bias).movedim(-1, 1)
+        weight = self.weight.to(x.dtype).movedim(1, -1)
+        # the output at row i and column j sees row k and column l by the weight at k - i + 1 and l - j + 1
+        rows = [weight[:, 1 - i : 3 - i, 1 - j : 3 - j].flatten(1) for i in (0, 1) for j in (0, 1)]
+        bias = None if self.bias is None else self.bias.repeat(4)
+        return F.linear(pixels.flatten(1), torch.cat(rows), bias).view(-1, 2, 2, self.out_channels).movedim(-1, 1)
 
 
 def has_hooks(module: nn.Module) -> bool:

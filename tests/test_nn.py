@@ -20,7 +20,7 @@ from torch.utils.mkldnn import to_mkldnn
 from torchvision.ops._utils import split_normalization_params
 
 from fastres.models import create_model
-from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d, PointwiseConv2d, SyncBatchNormReLU2d
+from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d, SmallMapConv2d, SyncBatchNormReLU2d
 
 LAYERS = [BatchNormReLU2d, EagerBatchNormReLU2d, SyncBatchNormReLU2d]
 
@@ -132,21 +132,33 @@ def test_fifty_steps_of_training_fused_and_eager():
     assert fused[-1] < 0.75 * fused[0]
 
 
-@pytest.mark.parametrize("size", [(4, 4), (2, 7), (1, 1), (5, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "stride", "shape"),
+    [
+        *((1, 1, (3, 6, *size)) for size in ((4, 4), (2, 7), (1, 1), (5, 4))),
+        *(
+            (3, stride, (images, 6, *size))
+            for stride in (1, 2)
+            for images in (3, 33)
+            for size in ((2, 2), (1, 2), (2, 3))
+        ),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_pointwise_convolution_is_a_convolution(size, dtype, channels_last, bias):
+def test_a_convolution_of_small_maps_is_a_convolution(kernel, stride, shape, dtype, channels_last, bias):
     torch.manual_seed(0)
-    conv = PointwiseConv2d(6, 10, bias=bias)
+    conv = SmallMapConv2d(6, 10, kernel, stride, bias=bias)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.randn(3, 6, *size).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
-    grad = torch.randn(3, 10, *size).to(dtype)
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         y = conv(x)
     exact = x.detach().double().requires_grad_()
     parameters = [parameter.detach().double().requires_grad_() for parameter in conv.parameters()]
-    expected = F.conv2d(exact, *parameters)
+    expected = F.conv2d(exact, *parameters, stride=stride, padding=kernel // 2)
+    grad = torch.randn(expected.shape).to(dtype)
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=memory_format)
@@ -164,7 +176,7 @@ class Block(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
         self.bn1 = layer(4, **options)
-        self.conv2 = PointwiseConv2d(4, 4)
+        self.conv2 = SmallMapConv2d(4, 4, 1, bias=True)
         self.bn2 = layer(4, **options)
         for norm in (self.bn1, self.bn2):
             for values in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
@@ -220,7 +232,7 @@ class TestFunctionsThatRebuildNorms:
     )
     def test_without_relu_it_is_a_plain_norm(self, layer, rebuild):
         block, x = evaluated(layer, relu=False)
-        model = nn.Sequential(PointwiseConv2d(3, 4), block.bn1).eval()
+        model = nn.Sequential(SmallMapConv2d(3, 4, 1), block.bn1).eval()
         expected = model(x)
         assert expected.min() < 0
         torch.testing.assert_close(rebuild(model)(x), expected)
@@ -407,6 +419,6 @@ class TestTracing:
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
     def test_jit_script_says_what_to_use(self, layer):
-        for module in (nn.Sequential(layer(3)), PointwiseConv2d(3, 4)):
+        for module in (nn.Sequential(layer(3)), SmallMapConv2d(3, 4, 1)):
             with pytest.raises(RuntimeError, match=r"torch\.export\.export or torch\.jit\.trace"):
                 torch.jit.script(module)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastres.models.resnet import NormLayer, blocks_of, init_convolutions
+from fastres.nn import SmallMapConv2d
 
 
 class PreActBlock(nn.Module):
@@ -18,9 +19,9 @@ class PreActBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: NormLayer) -> None:
         super().__init__()
         self.bn1 = norm_layer(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.conv1 = SmallMapConv2d(in_channels, channels, 3, stride)
         self.bn2 = norm_layer(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = SmallMapConv2d(channels, channels, 3)
         self.downsample = None
         if stride > 1 or in_channels != channels:
             self.downsample = nn.Conv2d(in_channels, channels, 1, stride, bias=False)

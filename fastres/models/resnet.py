@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastres.nn import PointwiseConv2d, has_hooks
+from fastres.nn import SmallMapConv2d, has_hooks
 
 NormLayer = Callable[..., nn.BatchNorm2d]
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -24,9 +24,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: NormLayer, option: str = "B") -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.conv1 = SmallMapConv2d(in_channels, channels, 3, stride)
         self.bn1 = norm_layer(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv2 = SmallMapConv2d(channels, channels, 3)
         self.bn2 = norm_layer(channels)
         self.downsample = shortcut_of(option, in_channels, channels, stride, norm_layer)
 
@@ -44,11 +44,11 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, norm_layer: NormLayer, option: str = "B") -> None:
         super().__init__()
         out_channels = channels * self.expansion
-        self.conv1 = PointwiseConv2d(in_channels, channels, bias=False)
+        self.conv1 = SmallMapConv2d(in_channels, channels, 1)
         self.bn1 = norm_layer(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.conv2 = SmallMapConv2d(channels, channels, 3, stride)
         self.bn2 = norm_layer(channels)
-        self.conv3 = PointwiseConv2d(channels, out_channels, bias=False)
+        self.conv3 = SmallMapConv2d(channels, out_channels, 1)
         self.bn3 = norm_layer(out_channels)
         self.downsample = shortcut_of(option, in_channels, out_channels, stride, norm_layer)
 

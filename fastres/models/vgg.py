@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from fastres.nn import SmallMapConv2d
+
 CONVOLUTIONS = {  # by depth: at each of five resolutions, with 64, 128, 256, 512 and 512 channels
     11: (1, 1, 2, 2, 2),
     13: (2, 2, 2, 2, 2),
@@ -41,7 +43,7 @@ class VGG(nn.Module):
         for stage, convolutions in enumerate(CONVOLUTIONS[depth]):
             channels = min(64 << stage, 512)
             for _ in range(convolutions):
-                layers[str(number)] = nn.Conv2d(in_channels, channels, 3, padding=1, bias=bias)
+                layers[str(number)] = SmallMapConv2d(in_channels, channels, 3, bias=bias)
                 layers[str(number + 1)] = norm_layer(channels) if batch_norm else nn.ReLU(inplace=True)
                 number += 3 if batch_norm else 2
                 in_channels = channels
