@@ -207,6 +207,26 @@ def operator_table(contents: list[Content]) -> str:
     return table(["device", "direction", "", "eager", "compile", "copy", "measured"], rows)
 
 
+def convolution_tables(contents: list[Content]) -> str:
+    """For each device, every network's convolutions: the share of the limit in each direction."""
+    shares: dict[str, dict[str, dict[str, str]]] = {}
+    captions: dict[str, str] = {}
+    for (row,) in _newest(contents, "convolution", "convolution"):
+        model, direction, layer = re.fullmatch(r"(\S+) (\S+): (.*)", row["case"]).groups()
+        share = f"{100 / row['times_as_long']:.0f} %"
+        shares.setdefault(row["device"], {}).setdefault(f"`{model}`: {layer}", {})[direction] = share
+        captions[row["device"]] = f"{row['device']}, batch {row['images']:.0f}; {_provenance(row)}."
+    head = ["convolutions", "forward", "input gradient", "weight gradient"]
+    return "\n\n".join(
+        captions[device]
+        + "\n\n"
+        + table(
+            head, [[name, *(row.get(key, "") for key in ("forward", "input", "weight"))] for name, row in rows.items()]
+        )
+        for device, rows in shares.items()
+    )
+
+
 def study_table(contents: list[Content]) -> str:
     """The runs of all studies beside the published figures, and what an epoch costs against eager PyTorch."""
     rows, captions = [], []
@@ -244,6 +264,7 @@ TABLES: dict[str, Callable[[list[Content]], str]] = {
     "steps": step_table,
     "operator": operator_table,
     "optimizers": optimizer_table,
+    "convolutions": convolution_tables,
     "studies": study_table,
 }
 

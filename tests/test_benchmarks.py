@@ -122,6 +122,17 @@ def test_benchmarks_are_shown_by_what_they_measured():
                 for shape, eager in (("64x32x32", 2.0), ("128x16x16", 3.0), ("256x8x8", 4.0))
                 for candidate, times_as_long in (("fused", 1.0), ("eager", eager), ("compile", 1.5), ("copy", 0.9))
             ),
+            *(
+                row("convolution", f"vgg16 {direction}: {layer}", candidate, 0.1, times_as_long)
+                for direction, layer, times_as_long in (
+                    ("forward", "1 x 3x3 3 to 64 at 32x32", 2.0),
+                    ("weight", "1 x 3x3 3 to 64 at 32x32", 3.0),
+                    ("forward", "all", 1.0),
+                    ("input", "all", 1.25),
+                    ("weight", "all", 1.6),
+                )
+                for candidate, times_as_long in (("limit", 1.0), ("convolution", times_as_long))
+            ),
         )
     ]
     measured = "2026-01-02, torch 2.11.0, 0123456 |"
@@ -133,6 +144,10 @@ def test_benchmarks_are_shown_by_what_they_measured():
     assert f"| Some CPU | forward+backward | residual | 3.00 | 1.50 | 0.90 | {measured}" in render.render(
         readme("operator"), contents
     )
+    convolutions = render.render(readme("convolutions"), contents)
+    assert "Some CPU, batch 32; 2026-01-02, torch 2.11.0, 0123456." in convolutions
+    assert "| `vgg16`: 1 x 3x3 3 to 64 at 32x32 | 50 % |  | 33 % |" in convolutions
+    assert "| `vgg16`: all | 100 % | 80 % | 62 % |" in convolutions
 
 
 def step(seconds, device="Some CPU"):
@@ -261,6 +276,19 @@ def test_benchmark_only_shows_a_table_and_keeps_it_for_the_readme(tmp_path):
 def test_a_table_that_could_not_be_kept_is_refused_before_anything_is_measured(arguments, message):
     done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == (pytest.ExitCode.USAGE_ERROR, f"ERROR: {message}")
+
+
+def test_convolutions_are_measured_without_products_with_padding():
+    convolutions = script("test_convolutions")
+    layers = convolutions.layers_of("vgg16")
+    assert sum(map(len, layers.values())) == 13
+    expected = {(2, 512, 512): (2 * 512) ** 2 * 4, (32, 3, 64): (3 * 32 - 2) ** 2 * 3 * 64}  # an output pixel sees all
+    for layer, (conv, *_) in layers.items():
+        key = layer.size, layer.channels, layer.out_channels
+        if key in expected:
+            _, flops, _ = convolutions.passes(conv, layer)
+            assert flops == 2 * convolutions.BATCH * expected.pop(key)
+    assert not expected
 
 
 def test_the_operator_moves_what_the_roofline_counts():
