@@ -17,7 +17,7 @@ from fastres.flags import Parser
 
 SUMMARY = (
     "device", "date", "versions", "commit",
-    "best_accuracy", "last_accuracy", "epoch_seconds", "images_per_second", "data_wait_fraction",
+    "best_accuracy", "last_accuracy", "epoch_seconds", "images_per_second", "data_wait_fraction", "epochs_work",
 )  # fmt: skip
 FOLDERS = {"data_dir": None, "output_dir": None}  # the user's own
 

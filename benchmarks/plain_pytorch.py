@@ -3,7 +3,9 @@
     python benchmarks/plain_pytorch.py DIR FILE
 
 DIR holds train/<class>/ and test/<class>/, of which airplane, automobile and bird are taken. Writes a row of FILE (CSV)
-for each model, seed and epoch. For fastres the same settings are those of the study parity.toml beside this file.
+for each model, seed and epoch. For fastres the same settings are those of parity.toml beside this file:
+
+    python -m fastres.study benchmarks/parity.toml --dataset folder --data-dir DIR --seeds 0,1,2 --no-eager-cost
 """
 
 import argparse

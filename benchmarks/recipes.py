@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from fastres.config import ENGINE, TrainConfig, over_recipe
 from fastres.data.datasets import MINI_CIFAR10_CLASSES
 from fastres.data.sizes import image_sizes
+from fastres.errors import UserError
 from fastres.fields import as_json
 from fastres.files import read_json
 from fastres.report.style import number_plainly, styled
@@ -51,7 +52,7 @@ def reached(contents: Iterable[Content], steps: dict[str, Steps]) -> list[Reache
     for key, runs in sorted(groups.items()):
         config, run = next(iter(runs.values()))
         images = TRAINING_IMAGES * (len(config["classes"]) or 10) * config["epochs"]
-        seconds = images * seconds_an_image(config, steps[config["model"]])
+        seconds = images * seconds_an_image(config, steps.get(config["model"], {}))
         accuracy = pd.Series([run["last_accuracy"] for _, run in runs.values()])
         found.append(Reached(*key, run.get("epochs_work", config["epochs"]), accuracy, seconds))
     return found
@@ -80,7 +81,11 @@ def seconds_an_image(config: Content, steps: Steps) -> float:
     """On average over the sizes of the run's images."""
     total = 0.0
     for (_, start), (size, until) in pairwise([(0, 0.0), *image_sizes(config.get("image_size_schedule", "none"))]):
-        step = steps[f"muon, {size}x{size}" if config.get("optimizer") == "muon" else "sgd"]
+        name = f"muon, {size}x{size}" if config.get("optimizer") == "muon" else "sgd"
+        if not (step := steps.get(name)):
+            raise UserError(
+                f"no benchmark of a step of {config['model']}, {name}; pytest benchmarks -k muon measures it"
+            )
         total += (until - start) * step["seconds"] / step["images"]
     return total
 
@@ -108,6 +113,7 @@ def draw(rows: list[Reached], device: str, file: Path) -> None:
         xlabel=f"seconds of the training steps, {device}", ylabel="test accuracy, last epoch, %", xscale="log",
         title="numbers: epochs; lines: from the lowest seed to the highest",
     )  # fmt: skip
+    axes.margins(y=0.1)
     number_plainly(axes.xaxis)
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(file, dpi=150)

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from dataclasses import asdict
+import tomllib
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,12 +26,14 @@ from triton.runtime import KernelInterface
 from fastres.config import DATASET_DEFAULTS, TrainConfig, over_recipe
 from fastres.data.datasets import MINI_CIFAR10_CLASSES, synthetic
 from fastres.data.splits import Dataset, Split
+from fastres.errors import UserError
 from fastres.fields import as_json
 from fastres.flags import Parser, add_flags
 from fastres.models import create_model
 from fastres.ops.batch_norm_relu import launch, triton_kernels
-from fastres.profiling.measure import interleave
+from fastres.profiling.measure import EAGER, RepeatedBatch, create_trainer, first_batch, interleave, train
 from fastres.report.study import write_report
+from fastres.training.hardware import resolve
 from tests.conftest import write_folder
 
 ROOT = Path(__file__).parents[1]
@@ -501,7 +504,7 @@ def test_runs_are_kept_and_shown_with_their_command(between, tmp_path):
         "best_accuracy": 90.333, "last_accuracy": 89.5, "epoch_seconds": 48.37, "images_per_second": 309.6,
         "data_wait_fraction": 0.0027, "device": "Some CPU", "versions": VERSIONS, "commit": "0123456789",
         "command": f"python -m fastres.train --data-dir{between}/home/me/x --output-dir{between}/home/me/y --lr 1",
-        "date": "2026-01-02 03:04", "dataset": "digits",
+        "date": "2026-01-02 03:04", "dataset": "digits", "epochs_work": 0.47,
     }  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "config.json").write_text(
@@ -569,6 +572,8 @@ def test_the_front_page_has_what_each_recipe_reaches(tmp_path):
         ["| `vgg16`, mini-CIFAR-10 (JPEG q75)", "default", "5", "5.00", "91.00", "1", "1,500 |"],
     ]
     assert "*Seconds of the steps, at the rates of Some CPU, 2026-01-02, torch 2.11.0, 0123456.*" in text
+    with pytest.raises(UserError, match="no benchmark of a step of vgg16, sgd"):
+        render.render(readme("front"), runs)
 
 
 def test_the_front_pages_picture(tmp_path):
@@ -615,6 +620,46 @@ def test_plain_pytorchs_networks_are_the_same_functions(name):
         mine.data.copy_(theirs)
     images = torch.randn(4, 3, 32, 32)
     torch.testing.assert_close(ours(images), plain(images), rtol=1e-3, atol=1e-3)
+
+
+class Batches:
+    """A loader of the same batch ``times``, which calls ``begin`` as its first epoch begins."""
+
+    def __init__(self, batch, times, begin=lambda: None):
+        self.batches, self.begin, self.dataset = [batch] * times, begin, range(times * len(batch[1]))
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.begin()
+        self.begin = lambda: None
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet18"])
+def test_plain_pytorch_trains_as_the_study_of_its_settings_does(name, rng):
+    study = tomllib.loads((ROOT / "benchmarks/parity.toml").read_text())
+    flags = study["flags"] | study["runs"][name]["flags"]
+    config = TrainConfig(**over_recipe({flag.replace("-", "_"): value for flag, value in flags.items()}))
+    assert (config.batch_size, config.epochs) == (plain_pytorch.BATCH, plain_pytorch.EPOCHS)
+    assert config.augmentation == "crop-flip"
+    split = Split(rng.integers(0, 255, (8, 32, 32, 3), dtype=np.uint8), np.arange(8) % 3)
+    dataset = Dataset("three", MINI_CIFAR10_CLASSES, split, split)
+    config, _ = resolve(replace(config, **EAGER, batch_size=4, device="cpu"), dataset)
+    batch, trainer = first_batch(config, dataset), create_trainer(config, dataset)
+    plain = getattr(plain_pytorch, name)()
+
+    def take_over():
+        for mine, theirs in zip(trainer.model.parameters(), plain.parameters(), strict=True):
+            mine.data.copy_(theirs)
+
+    batches = Batches(batch, 2, take_over)
+    for number, (loss, _) in enumerate(plain_pytorch.train(plain, plain_pytorch.LR[name], batches, Batches(batch, 1))):
+        epoch = train(trainer, RepeatedBatch(batch, 2), number)
+        assert epoch.loss_sum.item() / epoch.images == pytest.approx(loss, rel=1e-3)
+    for mine, theirs in zip(trainer.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-4)
 
 
 def test_plain_pytorch_trains(tmp_path, rng, monkeypatch):

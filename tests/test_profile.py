@@ -267,7 +267,7 @@ def measured(name, seconds, wait=0.0, **engine):
     }  # fmt: skip
     return {
         "name": name,
-        "epoch_seconds": {"median": seconds},
+        "epoch_seconds": {"median": seconds, "p20": 0.98 * seconds, "p80": 1.02 * seconds},
         "images_per_second": 100 / seconds,
         "data_wait_fraction": wait,
         "limit_share": 0.4,
@@ -293,6 +293,13 @@ def measured(name, seconds, wait=0.0, **engine):
         (
             [measured("+ AMP", 1.8, fused=False), measured("fastres", 2.0)],
             r"\+ AMP is 1.11x as fast as the defaults here: train with --no-fused$",
+        ),
+        (
+            [
+                measured("+ AMP", 1.8, fused=False) | {"epoch_seconds": {"p20": 1.7, "p80": 2.1}},
+                measured("fastres", 2.0),
+            ],
+            "keep the defaults: .*, no other setting is clearly faster, ",
         ),
         (
             [measured("+ AMP", 1.0, fused=False), measured("+ compile", 0.5, compile=True), measured("fastres", 2.0)],

@@ -2,7 +2,8 @@
 
 Williams, Waterman & Patterson, "Roofline: an insightful visual performance model" (2009): a kernel takes the longer of
 its arithmetic at the rate of a large matrix product and its traffic at the rate of a large copy. A kernel can beat this
-bound if it needs fewer operations, like Winograd's convolution, or finds its tensors in a cache.
+bound if it needs fewer operations, like Winograd's convolution, or finds its tensors in a cache. Products with padding
+are counted, as in published FLOPs; oneDNN leaves most of them out.
 """
 
 import time

@@ -85,29 +85,30 @@ class Judgement(NamedTuple):
     verdict: str
 
 
-def judge(published: float, ours: pd.Series, sampling: float, rounding: float) -> Judgement:
+def judge(published: float, ours: pd.Series, error: float, rounding: float, constant: bool = False) -> Judgement:
     """Whether a ``published`` figure of one run, known to +-``rounding``, can be that of another seed of ``ours``.
 
     The interval is Student's prediction interval of one more run from the spread over seeds, and the normal interval of
-    ``sampling``, the standard error from the finite test set, added in quadrature. A figure outside is not consistent.
-    One inside is consistent if it would be even with so many seeds that their spread is known; else it cannot be told.
+    ``error``, the standard error from the finite test set and whatever else is known, added in quadrature. A figure
+    outside is not consistent. One inside is consistent if it would be even with so many seeds that their spread is
+    known; else it cannot be told. ``constant``: the seed does not change it.
     """
     level, seeds, mean = (1 + CONFIDENCE) / 2, len(ours), ours.mean()
     deviation = ours.std() if seeds > 1 else 0.0
     gap, normal = max(abs(published - mean) - rounding, 0.0), stats.norm.ppf(level)
 
     def width(n: int) -> float:
-        if seeds == 1:
-            return math.inf
-        return math.hypot(stats.t.ppf(level, n - 1) * deviation * math.sqrt(1 + 1 / n), normal * sampling)
+        if n == 1:
+            return normal * error if constant else math.inf
+        return math.hypot(stats.t.ppf(level, n - 1) * deviation * math.sqrt(1 + 1 / n), normal * error)
 
-    if gap <= normal * math.hypot(deviation, sampling):
+    if gap <= normal * math.hypot(deviation, error):
         verdict = "consistent"
     elif gap > width(seeds):
         verdict = "not consistent"
     else:
         verdict = f"cannot be told by {seeds} seed{'s' * (seeds > 1)}"
-        if enough := next((n for n in range(seeds, MOST_SEEDS) if width(n) < gap), None):
+        if seeds > 1 and (enough := next((n for n in range(seeds, MOST_SEEDS) if width(n) < gap), None)):
             verdict += f"; about {enough - seeds} more would"
     return Judgement(mean - width(seeds), mean + width(seeds), verdict)
 

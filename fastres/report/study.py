@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from fastres.config import ENGINE
 from fastres.files import read_json
 from fastres.report.figures import draw_figures
 from fastres.report.page import as_markdown, fill, table_of, write_page
@@ -23,6 +24,7 @@ from fastres.report.statistics import (
     judge,
     more_seeds,
 )
+from fastres.training.start import RESUMABLE
 
 TARGETS = (80, 85, 90)  # test accuracies in % whose time-to-reach is reported
 
@@ -47,6 +49,11 @@ METRICS = {
     "epoch_seconds": Metric("s/epoch", 2, "seconds an epoch", ""),
 }
 CLAIMED = ("best_accuracy", "last_accuracy", "mean_accuracy", "test_loss", "params_millions")  # what can be judged
+HARMLESS = (RESUMABLE | {*ENGINE, "dataset"}) - {
+    "epochs",
+    "select",
+    "target_accuracy",
+}  # overrides, to such a judgement
 
 
 def write_report(folder: Path, price_per_hour: float = 0.0) -> Path:
@@ -64,8 +71,7 @@ def write_report(folder: Path, price_per_hour: float = 0.0) -> Path:
 
 def report(study: dict[str, Any], results: list[Results], figures: dict[str, str], price_per_hour: float) -> str:
     """The report as Markdown. ``figures`` are titles by path: curves against epoch, then Pareto front and confusion."""
-    changes = any(item["before"] != item["after"] for item in study["conjectures"])
-    compared = [] if changes else results  # a claim about a change is about two tables, not about rows of one
+    compared = compared_with_the_first(study, results)
     summaries = [summary for result in results for summary in result.summaries]
     return fill(
         "study.md.j2",
@@ -82,7 +88,8 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         figures=list(figures.items()),
         noise={metric: max(values) - min(values) for metric, values in study.get("repeated", {}).items()},
         accuracy_table=accuracy_table(results),
-        claims_table=table_of(rows) if (rows := claims(study, results, compared)) else "",
+        claims_table=table_of(rows) if (rows := claims(study, results)) else "",
+        departures=departures(study) if any(set(CLAIMED) & result.published.keys() for result in results) else "",
         phase_table=phase_table(study, results),
         tricks_table=tricks_table(study, results),
         losses_table=losses_table(study, results),
@@ -101,6 +108,12 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         Estimate=Estimate,
         rate=rate,
     )
+
+
+def compared_with_the_first(study: dict[str, Any], results: list[Results]) -> list[Results]:
+    """The runs that are compared with the first: none where a claim about a change is about two tables, not about rows
+    of one."""
+    return [] if any(item["before"] != item["after"] for item in study["conjectures"]) else results
 
 
 def scale_line(study: dict[str, Any]) -> str:
@@ -186,35 +199,47 @@ def accuracy_table(results: list[Results]) -> str:
     return table_of(rows)
 
 
-def claims(study: dict[str, Any], results: list[Results], compared: list[Results]) -> list[dict[str, str]]:
-    """Rows of a table: every published figure of ``results`` but seconds, and every published difference in accuracy of
-    one of ``compared`` from the first of them, beside ours and whether they agree."""
-    rows = []
-    for name in CLAIMED:
-        for one in results:
-            if name in one.published:
-                rows.append(claim(one.label, name, one.published[name], one.figures[name], one.sampling_error(name)))
+def departures(study: dict[str, Any]) -> str:
+    """What keeps the accuracies from being judged by the published ones: scale, and flags on the command line."""
+    scaled = ["scale"] * (min(study["scale"], study["data_scale"]) < 1)
+    return ", ".join(scaled + [f"--{name}" for name in study["overrides"] if name.replace("-", "_") not in HARMLESS])
+
+
+def claims(study: dict[str, Any], results: list[Results]) -> list[dict[str, str]]:
+    """Rows of a table: every published figure but seconds, and every published difference in accuracy of a run from the
+    first, beside ours and whether they agree; with ``departures``, only what the seed does not change."""
+    rows, compared = [], compared_with_the_first(study, results)
+    for name in (name for name in CLAIMED if name in CONSTANT or not departures(study)):
+        repeated = study.get("repeated", {}).get(name, [])
+
+        def error(one: Results, name: str = name, repeated: Sequence[float] = repeated) -> float:
+            theirs = pd.Series(repeated).std() if one.published[name] in repeated else 0.0
+            return math.hypot(one.sampling_error(name), theirs)
+
+        known = [one for one in results if name in one.published]
+        for one in known:
+            rows.append(claim(one.label, name, one.published[name], one.figures[name], error(one)))
         for one in compared[1:] if name.endswith("accuracy") else []:
             other = compared[0]
-            published = one.published_minus(other, name).value
-            if not math.isnan(published):
+            if one in known and other in known:
+                published = one.published_minus(other, name).value
                 changes = (one.figures[name] - other.figures[name]).dropna()
-                sampling = math.hypot(one.sampling_error(name), other.sampling_error(name))
-                rows.append(claim(f"{one.label} minus {other.label}", name, published, changes, sampling, sign="+"))
-    scaled = min(study["scale"], study["data_scale"]) < 1
-    return [row | {"verdict": "cannot be told: scaled down"} for row in rows] if scaled else rows
+                both = f"{one.label} minus {other.label}"
+                rows.append(claim(both, name, published, changes, math.hypot(error(one), error(other)), sign="+"))
+    return rows
 
 
-def claim(label: str, name: str, published: float, ours: pd.Series, sampling: float, sign: str = "") -> dict[str, str]:
+def claim(label: str, name: str, published: float, ours: pd.Series, error: float, sign: str = "") -> dict[str, str]:
     """A row of ``claims``, of a figure ``name`` of METRICS. ``sign``: + to show it where it is positive."""
     metric = METRICS[name]
     number = f"{{:{sign},.{metric.digits}f}}".format
-    found = judge(published, ours, sampling, rounding=0.5 * 10**-metric.digits)
+    found = judge(published, ours, error, 0.5 * 10**-metric.digits, name in CONSTANT)
+    high = min(found.high, 100.0) if name.endswith("accuracy") else found.high
     return {
         "figure": as_markdown(f"{label}: {metric.name}"),
         "published": number(published),
         "ours": number(ours.mean()),
-        "another seed of ours": f"{number(found.low)} to {number(found.high)}" if math.isfinite(found.low) else "",
+        "another seed of ours": f"{number(found.low)} to {number(high)}" if 0 < high - found.low < math.inf else "",
         "verdict": found.verdict,
     }
 

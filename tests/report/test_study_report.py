@@ -143,17 +143,46 @@ def test_accuracy_is_mean_and_deviation_over_seeds_beside_the_published(report_o
     assert "± standard deviation over 2 seeds" in report
 
 
+def judged(text):
+    return [line.split(" | ") for line in text.splitlines() if re.search("(consistent|cannot be told.*) \\|$", line)]
+
+
 def test_published_figures_are_judged(text_of, study):
-    figures = [line.split(" | ") for line in text_of().splitlines() if line.endswith("consistent |")]
+    figures = judged(text_of(repeated={}))
     assert [row[0] for row in figures] == [
         "| VGG-16: best accuracy", "| ResNet-50: best accuracy", "| ResNet-50 minus VGG-16: best accuracy"
     ]  # fmt: skip
     # 93 and 95, of 200 test images: 94 +- t 1.4142 sqrt(1.5) and +- 1.96 1.68
-    low, high = 94 - np.hypot(12.7062 * 1.41421 * 1.5**0.5, 1.95996 * 1.67929), 94 + 22.2520
-    assert figures[0][1:] == ["94.17", "94.00", f"{low:.2f} to {high:.2f}", "consistent |"]
+    low = 94 - np.hypot(12.7062 * 1.41421 * 1.5**0.5, 1.95996 * 1.67929)
+    assert figures[0][1:] == ["94.17", "94.00", f"{low:.2f} to 100.00", "consistent |"]
     assert figures[2][1:3] == ["-8.37", "-6.00"]
-    assert "cannot be told: scaled down" in text_of(scale=0.5)
-    assert "not consistent" in text_of(runs=[study["runs"][0] | {"published": {"params_millions": 15.7}}])
+
+
+def test_the_originals_own_spread_counts_where_the_settings_are_theirs(text_of, study):
+    without, known = (judged(text_of(repeated=runs)) for runs in ({}, {"best_accuracy": [85.8, 80.8, 90.8]}))
+    assert known[0] == without[0]
+    for row, narrow in zip(known[1:], without[1:], strict=True):
+        (low, high), (from_, to) = (map(float, cells[3].split(" to ")) for cells in (row, narrow))
+        assert low < from_
+        assert to <= high <= 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "departures"),
+    [
+        ({"scale": 0.5}, "scale"),
+        ({"overrides": {"epochs": "3", "dataset": "folder", "workers": "1"}}, "--epochs"),
+        ({"data_scale": 0.5, "overrides": {"train-fraction": "0.2", "amp": "off"}}, "scale, --train-fraction"),
+    ],
+)
+def test_what_departs_from_the_originals_is_not_judged_but_for_parameters(changes, departures, text_of, study):
+    run = study["runs"][0]
+    text = text_of(**changes, runs=[run | {"published": run["published"] | {"params_millions": 15.7}}])
+    assert f"are not judged, because these differ from the originals': {departures}." in text
+    (row,) = judged(text)
+    assert row[0] == "| VGG-16: million parameters"
+    assert row[1] == "15.70"
+    assert row[-1] == "not consistent |"
 
 
 def test_cost_beside_eager_and_published(report_of):
