@@ -12,6 +12,7 @@ import tarfile
 import tomllib
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -584,11 +585,14 @@ def test_the_front_pages_picture(tmp_path):
 
 
 def test_every_kept_file_says_where_its_figures_come_from():
-    profiles, runs = RESULTS.glob("profile-*.json"), RESULTS.glob("train-*.json")
-    contents = [render.read_json(path) for path in (*profiles, *runs)]
-    contents += [render.read_benchmarks(path) for path in RESULTS.glob("bench-*.csv")]
-    assert len(contents) >= 9
-    for content in contents:
+    readers = {
+        "profile-*.json": render.read_json,
+        "train-*.json": render.read_json,
+        "bench-*.csv": render.read_benchmarks,
+    }
+    kept = [[read(path) for path in RESULTS.glob(pattern)] for pattern, read in readers.items()]
+    assert all(kept)
+    for content in chain(*kept):
         assert content["device" if "device" in content else "machine"]
         assert all(content[name] for name in ("command", "date", "commit"))
         assert content["versions"].keys() >= {"python", "torch", "nvidia-dali-cuda130"}
