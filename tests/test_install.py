@@ -33,7 +33,7 @@ def run(*command, cwd, **variables):
 def files_of_package(folder):
     """The files of the package ``fastres`` in ``folder``, without what is built from them."""
     paths = (path.relative_to(folder) for path in (folder / "fastres").rglob("*") if path.is_file())
-    return {str(path) for path in paths if path.suffix not in (".so", ".pyc")}
+    return {str(path) for path in paths if path.suffix != ".so" and "__pycache__" not in path.parts}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def source(tmp_path_factory):
     """The unpacked sdist."""
     tree, unpacked = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("sdist")
     for name in ("csrc", "fastres"):
-        shutil.copytree(ROOT / name, tree / name)
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))  # others write there
     for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, tree)
     built = run(sys.executable, "-c", BUILD_SDIST, unpacked, cwd=tree, FASTRES_NO_EXTENSION="1")
