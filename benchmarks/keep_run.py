@@ -31,7 +31,7 @@ def kept(run: Path, data: str | None = None) -> dict[str, Any]:
     return {
         "command": without_folders(summary["command"]),
         "data": data or summary["dataset"],
-        **{name: summary[name] for name in SUMMARY},
+        **{name: summary[name] for name in SUMMARY if name in summary},
         "config": config["asked"] | config["chosen"] | FOLDERS,
     }
 

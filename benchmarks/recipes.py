@@ -83,9 +83,7 @@ def seconds_an_image(config: Content, steps: Steps) -> float:
     for (_, start), (size, until) in pairwise([(0, 0.0), *image_sizes(config.get("image_size_schedule", "none"))]):
         name = f"muon, {size}x{size}" if config.get("optimizer") == "muon" else "sgd"
         if not (step := steps.get(name)):
-            raise UserError(
-                f"no benchmark of a step of {config['model']}, {name}; pytest benchmarks -k muon measures it"
-            )
+            raise UserError(f"no benchmark of a step of {config['model']}, {name}: make bench measures it")
         total += (until - start) * step["seconds"] / step["images"]
     return total
 

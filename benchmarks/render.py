@@ -208,23 +208,18 @@ def operator_table(contents: list[Content]) -> str:
 
 
 def convolution_tables(contents: list[Content]) -> str:
-    """For each device, every network's convolutions: the share of the limit in each direction."""
-    shares: dict[str, dict[str, dict[str, str]]] = {}
-    captions: dict[str, str] = {}
+    """A table for each network and device: the share of the limit of every convolution in each direction."""
+    shares: dict[str, dict[str, dict[str, str]]] = {}  # by caption, layer and direction
     for (row,) in _newest(contents, "convolution", "convolution"):
         model, direction, layer = re.fullmatch(r"(\S+) (\S+): (.*)", row["case"]).groups()
-        share = f"{100 / row['times_as_long']:.0f} %"
-        shares.setdefault(row["device"], {}).setdefault(f"`{model}`: {layer}", {})[direction] = share
-        captions[row["device"]] = f"{row['device']}, batch {row['images']:.0f}; {_provenance(row)}."
+        caption = f"`{model}`, {row['device']}, batch {row['images']:.0f}; {_provenance(row)}."
+        shares.setdefault(caption, {}).setdefault(layer, {})[direction] = f"{100 / row['times_as_long']:.0f} %"
     head = ["convolutions", "forward", "input gradient", "weight gradient"]
-    return "\n\n".join(
-        captions[device]
-        + "\n\n"
-        + table(
-            head, [[name, *(row.get(key, "") for key in ("forward", "input", "weight"))] for name, row in rows.items()]
-        )
-        for device, rows in shares.items()
-    )
+    tables = []
+    for caption, layers in shares.items():
+        rows = [[name, *(row.get(key, "") for key in ("forward", "input", "weight"))] for name, row in layers.items()]
+        tables.append(f"{caption}\n\n{table(head, rows)}")
+    return "\n\n".join(tables)
 
 
 def study_table(contents: list[Content]) -> str:

@@ -131,7 +131,8 @@ class TrainConfig:
     )
     fused: bool | None = flag(
         "Model",
-        "fused BatchNorm-(add-)ReLU operator instead of torch's modules; auto: where its kernels can run",
+        "fused BatchNorm-(add-)ReLU operator, and convolutions of small maps as products on a CPU, instead of torch's "
+        "modules; auto: where its kernels can run",
         None,
     )
     sync_bn: bool = flag(

@@ -204,6 +204,8 @@ class SmallMapConv2d(nn.Conv2d):
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False
     ) -> None:
+        if kernel_size not in (1, 3):
+            raise ValueError(f"kernel_size must be 1 or 3, not {kernel_size}")
         super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
 
     def __prepare_scriptable__(self) -> None:
@@ -212,22 +214,29 @@ class SmallMapConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return fx_node(self, x)
-        height, width = x.shape[-2:]
-        pointwise = self.kernel_size == (1, 1)
-        small = height * width <= SMALL_MAP if pointwise else height == width == 2 and len(x) >= MANY_IMAGES
-        bfloat16 = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-        # vmap knows no layout but the contiguous one
-        layout = not transforms_active() and x.is_contiguous(memory_format=torch.channels_last)
-        if not (small and self.stride == (1, 1) and bfloat16 and layout):
+        if not self._is_faster_as_product(x):
             return super().forward(x)
         pixels = x.movedim(1, -1)
-        if pointwise:
+        if self.kernel_size == (1, 1):
             return F.linear(pixels, self.weight.flatten(1), self.bias).movedim(-1, 1)
-        weight = self.weight.to(x.dtype).movedim(1, -1)
+        autocast = torch.is_autocast_enabled("cpu")
+        weight = (self.weight.to(x.dtype) if autocast else self.weight).movedim(1, -1)
         # the output at row i and column j sees row k and column l by the weight at k - i + 1 and l - j + 1
         rows = [weight[:, 1 - i : 3 - i, 1 - j : 3 - j].flatten(1) for i in (0, 1) for j in (0, 1)]
         bias = None if self.bias is None else self.bias.repeat(4)
         return F.linear(pixels.flatten(1), torch.cat(rows), bias).view(-1, 2, 2, self.out_channels).movedim(-1, 1)
+
+    def _is_faster_as_product(self, x: Tensor) -> bool:
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or self.stride != (1, 1):
+            return False
+        # vmap knows no layout but the contiguous one, and an exported program is for batches of any size
+        if transforms_active() or torch.compiler.is_exporting():
+            return False
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            return False
+        if self.kernel_size == (1, 1):
+            return x.size(2) * x.size(3) <= SMALL_MAP
+        return x.shape[2:] == (2, 2) and len(x) >= MANY_IMAGES
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -149,9 +149,9 @@ def test_benchmarks_are_shown_by_what_they_measured():
         readme("operator"), contents
     )
     convolutions = render.render(readme("convolutions"), contents)
-    assert "Some CPU, batch 32; 2026-01-02, torch 2.11.0, 0123456." in convolutions
-    assert "| `vgg16`: 1 x 3x3 3 to 64 at 32x32 | 50 % |  | 33 % |" in convolutions
-    assert "| `vgg16`: all | 100 % | 80 % | 62 % |" in convolutions
+    assert "`vgg16`, Some CPU, batch 32; 2026-01-02, torch 2.11.0, 0123456." in convolutions
+    assert "| 1 x 3x3 3 to 64 at 32x32 | 50 % |  | 33 % |" in convolutions
+    assert "| all | 100 % | 80 % | 62 % |" in convolutions
 
 
 def step(seconds, device="Some CPU"):

@@ -13,7 +13,7 @@ from fastres.models.own import import_model
 from fastres.models.preact import PreActResNet
 from fastres.models.resnet import BasicBlock, Bottleneck, ResNet
 from fastres.models.vgg import VGG, head_4096
-from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d, SyncBatchNormReLU2d
+from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d, SmallMapConv2d, SyncBatchNormReLU2d
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
@@ -58,7 +58,8 @@ def create_model(
         name: one of ``list_models()``, or what ``register_model`` took.
         zero_gamma: ResNets only: the last BatchNorm of each residual block starts with weight 0, so that the block
             starts as the identity (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
-        fused: BatchNorm, residual add and ReLU in one operator; otherwise in PyTorch's own.
+        fused: BatchNorm, residual add and ReLU in one operator, and convolutions as products where that is faster;
+            otherwise in PyTorch's own.
         sync_bn: BatchNorm over the whole batch of all processes; needs the fused operator.
         init: initial weights: ``default`` as torchvision draws them, ``dirac`` and ``study-b`` as ``init_dirac`` and
             ``init_as_study_b`` do.
@@ -73,6 +74,9 @@ def create_model(
     norm_layer = SyncBatchNormReLU2d if sync_bn else BatchNormReLU2d if fused else eager
     options = {"image_size": image_size} if is_function(name) else {}
     model = MODELS[name](num_classes, norm_layer=norm_layer, **options)
+    own: list[nn.Module] = [module for module in model.modules() if isinstance(module, SmallMapConv2d)]
+    for conv in () if fused else own:
+        conv.__class__ = nn.Conv2d  # which has the same parameters
     INITS[init](model)
     if zero_gamma and not resnet.zero_gamma(model):
         raise UserError(

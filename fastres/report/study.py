@@ -49,11 +49,7 @@ METRICS = {
     "epoch_seconds": Metric("s/epoch", 2, "seconds an epoch", ""),
 }
 CLAIMED = ("best_accuracy", "last_accuracy", "mean_accuracy", "test_loss", "params_millions")  # what can be judged
-HARMLESS = (RESUMABLE | {*ENGINE, "dataset"}) - {
-    "epochs",
-    "select",
-    "target_accuracy",
-}  # overrides, to such a judgement
+NEUTRAL = RESUMABLE - {"epochs", "select", "target_accuracy"} | {*ENGINE}  # they leave accuracies as they are
 
 
 def write_report(folder: Path, price_per_hour: float = 0.0) -> Path:
@@ -200,9 +196,13 @@ def accuracy_table(results: list[Results]) -> str:
 
 
 def departures(study: dict[str, Any]) -> str:
-    """What keeps the accuracies from being judged by the published ones: scale, and flags on the command line."""
-    scaled = ["scale"] * (min(study["scale"], study["data_scale"]) < 1)
-    return ", ".join(scaled + [f"--{name}" for name in study["overrides"] if name.replace("-", "_") not in HARMLESS])
+    """What keeps the accuracies from being judged by the published ones: scale, and flags on the command line, but for
+    a folder, which is taken to hold the same images."""
+    found = ["scale"] if min(study["scale"], study["data_scale"]) < 1 else []
+    for name, value in study["overrides"].items():
+        if name.replace("-", "_") not in NEUTRAL and (name, value) != ("dataset", "folder"):
+            found.append(f"--{name}")
+    return ", ".join(found)
 
 
 def claims(study: dict[str, Any], results: list[Results]) -> list[dict[str, str]]:
@@ -210,22 +210,16 @@ def claims(study: dict[str, Any], results: list[Results]) -> list[dict[str, str]
     first, beside ours and whether they agree; with ``departures``, only what the seed does not change."""
     rows, compared = [], compared_with_the_first(study, results)
     for name in (name for name in CLAIMED if name in CONSTANT or not departures(study)):
-        repeated = study.get("repeated", {}).get(name, [])
-
-        def error(one: Results, name: str = name, repeated: Sequence[float] = repeated) -> float:
-            theirs = pd.Series(repeated).std() if one.published[name] in repeated else 0.0
-            return math.hypot(one.sampling_error(name), theirs)
-
         known = [one for one in results if name in one.published]
         for one in known:
-            rows.append(claim(one.label, name, one.published[name], one.figures[name], error(one)))
+            rows.append(claim(one.label, name, one.published[name], one.figures[name], one.sampling_error(name)))
         for one in compared[1:] if name.endswith("accuracy") else []:
             other = compared[0]
             if one in known and other in known:
                 published = one.published_minus(other, name).value
                 changes = (one.figures[name] - other.figures[name]).dropna()
-                both = f"{one.label} minus {other.label}"
-                rows.append(claim(both, name, published, changes, math.hypot(error(one), error(other)), sign="+"))
+                error = math.hypot(one.sampling_error(name), other.sampling_error(name))
+                rows.append(claim(f"{one.label} minus {other.label}", name, published, changes, error, sign="+"))
     return rows
 
 
@@ -234,12 +228,14 @@ def claim(label: str, name: str, published: float, ours: pd.Series, error: float
     metric = METRICS[name]
     number = f"{{:{sign},.{metric.digits}f}}".format
     found = judge(published, ours, error, 0.5 * 10**-metric.digits, name in CONSTANT)
-    high = min(found.high, 100.0) if name.endswith("accuracy") else found.high
+    low, high = found.low, found.high
+    if name.endswith("accuracy") and not sign:
+        low, high = max(low, 0.0), min(high, 100.0)
     return {
         "figure": as_markdown(f"{label}: {metric.name}"),
         "published": number(published),
         "ours": number(ours.mean()),
-        "another seed of ours": f"{number(found.low)} to {number(high)}" if 0 < high - found.low < math.inf else "",
+        "another seed of ours": f"{number(low)} to {number(high)}" if 0 < found.high - found.low < math.inf else "",
         "verdict": found.verdict,
     }
 

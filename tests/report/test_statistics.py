@@ -47,9 +47,9 @@ def test_another_seed_is_judged_wrongly_in_5_percent(seeds, error):
         *ours, published = rng.normal(90, 0.4, seeds + 1)
         published += rng.normal(0, error)  # of its other test images
         wrong += judge(published, by_seed(*ours), error, 0.0).verdict == "not consistent"
+    assert 0.005 < wrong / studies < 0.065  # 0.05 and three standard errors
     if not error:
-        assert wrong / studies == pytest.approx(0.05, abs=0.015)  # 3 standard errors
-    assert wrong / studies < 0.065
+        assert wrong / studies > 0.035
 
 
 def test_shared_seeds_are_paired():
