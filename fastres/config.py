@@ -44,7 +44,9 @@ PUBLISHED = {
 
 
 def default_recipe(model: str, size: int) -> dict[str, Any]:
-    return {"lr": 0.01} if is_vgg(model) else {}
+    if not is_vgg(model):
+        return {}
+    return {"lr": 0.01} if model.endswith("_4096") else {"lr": 0.01, "init": "dirac"}
 
 
 def fast(model: str, size: int) -> dict[str, Any]:
@@ -119,7 +121,8 @@ class TrainConfig:
     zero_gamma: bool = flag("Model", "start the last norm of each residual block at 0", False)
     init: str = flag(
         "Model",
-        "initial weights; dirac: 3x3 convolutions begin as the identity; study-b: as that study's code draws them",
+        "initial weights; dirac: 3x3 convolutions begin as the identity, as those of vgg11 to vgg19 do by default; "
+        "study-b: as that study's code draws them",
         "default",
         tuple(INITS),
     )

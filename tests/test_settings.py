@@ -116,7 +116,8 @@ def test_defaults_give_way_to_the_models_the_datasets_and_the_flags_that_were_gi
         return choose_dataset(over_recipe(given), lambda line: None, lambda *_: (dataset, name))[0]
 
     assert chosen(model="resnet18").lr == 0.1
-    assert chosen(model="vgg16").lr == 0.01
+    assert (chosen(model="vgg16").lr, chosen(model="vgg16").init) == (0.01, "dirac")
+    assert (chosen(model="vgg19_4096").lr, chosen(model="vgg19_4096").init) == (0.01, "default")
     assert chosen(model="vgg16", lr=0.3).lr == 0.3
     assert chosen(recipe="study-b", model="vgg16").lr == 0.1
     digits = chosen("digits", model="resnet18")
