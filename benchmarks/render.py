@@ -20,9 +20,9 @@ from recipes import Content, Steps, draw, reached
 
 from fastres.errors import UserError
 from fastres.files import read_json
-from fastres.report.page import as_markdown, table, table_of
+from fastres.report.page import as_markdown, table
 from fastres.report.results import Estimate, one_of_each_model, read_results
-from fastres.report.study import claims, scale_line
+from fastres.report.study import scale_line
 
 PICTURE = "docs/recipes.png"
 DOCUMENTS = ("README.md", "docs/measurements.md")
@@ -250,16 +250,6 @@ def study_table(contents: list[Content]) -> str:
     return "\n\n".join([table(head, rows), "\n".join(f"* {caption}" for caption in captions)])
 
 
-def claims_table(contents: list[Content]) -> str:
-    """Every published figure that a kept study can be compared with, and whether they agree."""
-    rows = []
-    for study in sorted((content for content in contents if "study" in content), key=lambda study: study["study"]):
-        results = read_results(study["folder"], study)
-        seeds = len(results[0].summaries)
-        rows += [{"study": f"`{study['study']}`", **row, "n": f"{seeds}"} for row in claims(study, results)]
-    return table_of(rows)
-
-
 TABLES: dict[str, Callable[[list[Content]], str]] = {
     "profile": profile_tables,
     "front": front_table,
@@ -271,7 +261,6 @@ TABLES: dict[str, Callable[[list[Content]], str]] = {
     "optimizers": optimizer_table,
     "convolutions": convolution_tables,
     "studies": study_table,
-    "claims": claims_table,
 }
 
 
