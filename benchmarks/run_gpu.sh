@@ -11,7 +11,7 @@
 #   train         ResNet-18 to its target accuracy
 #   profile       the profile of ResNet-50, without its compiled rows, which take minutes
 #   loaders       images a second of both loaders; left out without DALI
-#   rest          the compiled rows of the profile, tests of compiling, operator, steps, other models, tilings, the study
+#   rest          the compiled rows of the profile, tests of compiling, operator, steps, other models, tunings, the study
 #
 # After every step OUT/results.tar.gz holds all results so far but the weights, those of an earlier call included. In it
 # steps.txt has a line for each step with exit code and seconds. After a step that fails or takes too long the next one
@@ -159,7 +159,7 @@ stage_rest() {
     for batch in "${batches[@]:1}"; do
         for model in "${models[@]}"; do profile "$model" 80 "$batch" --no-compile; done
     done
-    step tilings 200 "$PYTHON" benchmarks/tune_batch_norm_relu.py "$RESULTS/tilings.jsonl"
+    step tunings 120 "$PYTHON" benchmarks/tune_batch_norm_relu.py "$RESULTS/tunings.jsonl"
     benchmark forward 150 benchmarks/test_training.py -k "forward $quick"
     for model in "${models[0]}" "${models[@]:2}"; do train "$model"; done
     if [[ ${DATA:-} ]]; then

@@ -17,14 +17,11 @@ def sets_beyond_cache(tensor_bytes: int) -> int:
     return max(1, GPU_BYTES // tensor_bytes) if torch.cuda.is_available() else 1
 
 
-def as_cuda_graph(run: Callable[[], object], pool: object = None) -> Callable[[], object]:
-    """`run` as a CUDA graph, which takes the time of its kernels, without Python's; on a CPU `run` itself.
-
-    Graphs of one `pool` share memory.
-    """
+def as_cuda_graph(run: Callable[[], object]) -> Callable[[], object]:
+    """`run` as a CUDA graph, which takes the time of its kernels, without Python's; on a CPU `run` itself."""
     if not torch.cuda.is_available():
         return run
-    graph, _ = capture(run, pool)
+    graph, _ = capture(run)
     return graph.replay
 
 

@@ -1,89 +1,75 @@
-"""Times the operator on a GPU under other tilings than the one that it chooses.
+"""Times ResNet-50's training step on a GPU under other tunings of the operator than its own.
 
     python benchmarks/tune_batch_norm_relu.py FILE
 
-For some shapes of ResNet-50, with residual, bfloat16, channels-last. A line a tiling goes to FILE as soon as its shape
-is measured: JSON, with microseconds of the forward pass and of both passes, medians of interleaved rounds of CUDA
-graphs, and how many times as long the operator's own tiling takes. FASTRES_BENCHMARK_BATCH sets the batch size.
+One constant is varied after the other, each from the best that was found so far. A line a tuning goes to FILE: JSON,
+with the milliseconds of a captured step, the median of interleaved rounds, and how many times as long the best so far
+takes in the same round. FASTRES_BENCHMARK_BATCH sets the batch size.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from test_batch_norm_relu import BATCH, DEVICE, Inputs
-from timing import as_cuda_graph
 
-from fastres.ops import batch_norm_relu
+from fastres.config import TrainConfig
+from fastres.data.datasets import synthetic
 from fastres.ops.batch_norm_relu import launch
-from fastres.profiling.measure import interleave
+from fastres.profiling.measure import RepeatedBatch, create_trainer, first_batch, interleave, train
+from fastres.training.hardware import resolve, tune_libraries
 
-SHAPES = ((64, 32), (256, 32), (512, 16), (1024, 8), (2048, 4))
-TILES = ((2048, 4), (4096, 4), (4096, 8), (8192, 8))  # elements, warps
-CHANNELS = (32, 64, 128)
-PROGRAMS = (132, 264, 528)
-ROUNDS = 9
-
-
-def tilings(own: launch.Tiling, rows: int, channels: int) -> list[launch.Tiling]:
-    """Those to try beside the operator's own, which comes first."""
-    others = [
-        replace(
-            own,
-            block_rows=tile // width,
-            block_channels=width,
-            splits=max(1, min(programs * width // channels, rows * width // tile)),
-            num_warps=warps,
-        )
-        for (tile, warps), width, programs in product(TILES, CHANNELS, PROGRAMS)
-        if width <= channels
-    ]
-    return [own, *dict.fromkeys(tiling for tiling in others if tiling != own)]
+BATCH = int(os.environ.get("FASTRES_BENCHMARK_BATCH", "128"))
+CHOICES = {
+    "num_warps": (4, 8),
+    "single_pass": (16384, 32768),
+    "programs": (132, 264, 528),
+    "width": (32, 64, 128),
+    "tile": (2048, 4096, 8192),
+}
+STEPS, ROUNDS = 20, 9
 
 
-def under(tiling: launch.Tiling, run: Callable[[], object], pool: object) -> Callable[[], object]:
-    """`run` captured with the operator's kernels under this tiling."""
-    choose = launch.tiling
-    launch.tiling = lambda *_: tiling
+def step(tuning: launch.Tuning) -> Callable[[], object]:
+    """Takes ``STEPS`` steps, captured with the operator's kernels under this tuning."""
+    dataset, own = synthetic(50_000), launch.TUNING
+    config, _ = resolve(TrainConfig(model="resnet50", batch_size=BATCH), dataset)
+    launch.TUNING = tuning
     launch.launcher.cache_clear()
     try:
-        return as_cuda_graph(run, pool)
+        trainer = create_trainer(config, dataset)
+        trainer.warm_up(evaluation=False)
     finally:
-        launch.tiling = choose
+        launch.TUNING = own
         launch.launcher.cache_clear()
+    batch = RepeatedBatch(first_batch(config, dataset), STEPS)
+    return lambda: train(trainer, batch)
 
 
 def main(path: Path) -> None:
+    tune_libraries("cuda")
+    best = launch.TUNING
     with path.open("w", encoding="utf-8") as file:
-        for channels, size in SHAPES:
-            rows = BATCH * size * size
-            own = launch.tiling(rows, channels, True)
-            if own.single_pass:
-                continue
-            inputs = Inputs(channels, size)
-            passes = {name: inputs.passes(batch_norm_relu, name == "both", True) for name in ("forward", "both")}
-            tried = tilings(own, rows, channels)
-            pool = torch.cuda.graph_pool_handle() if DEVICE == "cuda" else None
-            seconds = interleave(
-                {f"{name} {i}": under(tiling, passes[name], pool) for name in passes for i, tiling in enumerate(tried)},
-                ROUNDS,
-            )
-            for i, tiling in enumerate(tried):
-                row = {"channels": channels, "size": size, "batch": BATCH, **asdict(tiling)}
-                for name in passes:
-                    values = seconds[f"{name} {i}"]
-                    row[f"{name}_us"] = round(1e6 * float(np.median(values)) / inputs.sets, 2)
-                    row[f"own_{name}"] = round(float(np.median(seconds[f"{name} 0"] / values)), 3)
+        for name, values in CHOICES.items():
+            tried = [best, *(replace(best, **{name: value}) for value in values if value != getattr(best, name))]
+            seconds = interleave({str(tuning): step(tuning) for tuning in tried}, ROUNDS)
+            for tuning in tried:
+                values = seconds[str(tuning)]
+                row = asdict(tuning) | {
+                    "batch": BATCH,
+                    "step_ms": round(1000 * float(np.median(values)) / STEPS, 4),
+                    "best_so_far": round(float(np.median(seconds[str(best)] / values)), 4),
+                }
                 print(json.dumps(row), file=file, flush=True)
+            best = min(tried, key=lambda tuning: np.median(seconds[str(tuning)]))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or DEVICE == "cpu":
+    if len(sys.argv) != 2 or not torch.cuda.is_available():
         print("tune_batch_norm_relu.py FILE: needs a GPU, and the file to write", file=sys.stderr)
         sys.exit(2)
     main(Path(sys.argv[1]))

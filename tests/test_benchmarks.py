@@ -301,28 +301,35 @@ def test_the_operator_moves_what_the_roofline_counts():
     assert [moved(True, residual) for residual in (False, True)] == [8, 10]  # as in test_roofline.py
 
 
-def test_each_tiling_is_captured_and_timed(tmp_path, monkeypatch):
-    tune, seen = script("tune_batch_norm_relu"), []
-    choose = launch.tiling
+def test_tuning_goes_on_from_the_best_so_far(tmp_path, monkeypatch):
+    tune, own, trained = script("tune_batch_norm_relu"), launch.TUNING, []
+    fastest = replace(own, num_warps=4, programs=132, tile=8192)
 
-    def capture(run, pool):
-        seen.append(launch.tiling(0, 0, True))
-        return run
+    class Trainer:
+        def warm_up(self, evaluation):
+            self.captured = launch.TUNING
 
-    monkeypatch.setattr(tune, "as_cuda_graph", capture)
-    monkeypatch.setattr(tune, "SHAPES", ((2048, 1), (64, 8)))  # the first is read once, whatever its tiling
-    monkeypatch.setattr(tune, "ROUNDS", 1)
-    tune.main(tmp_path / "tilings.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "tilings.jsonl").read_text().splitlines()]
-    tried = tune.tilings(choose(tune.BATCH * 64, 64, True), tune.BATCH * 64, 64)
-    assert seen == tried * 2
-    assert len(set(tried)) == len(rows) > 10
-    for row, tiling in zip(rows, tried, strict=True):
-        assert (row["channels"], row["size"]) == (64, 8)
-        assert row.items() >= asdict(tiling).items()
-        assert min(row["forward_us"], row["both_us"]) > 0
-    assert rows[0]["own_forward"] == rows[0]["own_both"] == 1
-    assert launch.tiling is choose
+    def timed(candidates, rounds):
+        seconds = {}
+        for name, run in candidates.items():
+            run()
+            captured = trained[-1].captured
+            assert str(captured) == name
+            differing = sum(value != getattr(fastest, field) for field, value in asdict(captured).items())
+            seconds[name] = np.full(rounds, tune.STEPS * (1 + differing) / 1000)
+        return seconds
+
+    monkeypatch.setattr(tune, "create_trainer", lambda *_: Trainer())
+    monkeypatch.setattr(tune, "train", lambda trainer, batch: trained.append(trainer))
+    monkeypatch.setattr(tune, "interleave", timed)
+    tune.main(tmp_path / "tunings.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "tunings.jsonl").read_text().splitlines()]
+    assert len(rows) == sum(map(len, tune.CHOICES.values()))
+    assert rows[0].items() >= asdict(own).items()
+    best = min(rows, key=lambda row: row["step_ms"])
+    assert best.items() >= asdict(fastest).items()
+    assert (best["step_ms"], best["best_so_far"]) == (1, 2)
+    assert launch.TUNING is own
 
 
 def test_loaders_are_measured_in_images_a_second(monkeypatch):
@@ -400,7 +407,7 @@ def test_the_gpu_script_goes_on_after_a_failure_and_packs_all_results(run_gpu, t
         "operator: exit code 0",
         "steps: exit code 0",
         "profile-vgg13-8: exit code 0",
-        "tilings: exit code 0",
+        "tunings: exit code 0",
         "forward: exit code 0",
         "train-vgg11: exit code 3",
         "study-architecture: exit code 0",

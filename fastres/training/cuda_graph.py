@@ -9,11 +9,8 @@ import torch
 Step = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # images, labels -> loss, logits
 
 
-def capture(run: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """``run`` as a CUDA graph, captured after three warm-up calls, and its result.
-
-    Graphs of one ``pool`` share memory.
-    """
+def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """``run`` as a CUDA graph, captured after three warm-up calls, and its result."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -23,7 +20,7 @@ def capture(run: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGr
     graph = torch.cuda.CUDAGraph()
     gc.collect()  # freeing an old graph during capture would invalidate it
     # thread-local, because a loader's threads may call CUDA meanwhile
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         results = run()
     return graph, results
 

@@ -13,16 +13,28 @@ from torch import Tensor
 from triton.knobs import runtime as knobs
 from triton.runtime import driver
 
-# Programs that reduce a tensor: two for each of an H100's multiprocessors, whose registers hold two at a time.
-PROGRAMS = 264
 DTYPE, REST_OF_16 = operator.attrgetter("dtype"), (15).__and__
 WORD = tl.constexpr(32)  # channels whose bits share a word of the mask
 GRAPH_COUNTERS = 1 << 16  # that the kernels of CUDA graphs share out
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """The constants of `tiling`; benchmarks/tune_batch_norm_relu.py measures others."""
+
+    tile: int = 4096  # elements of a tile
+    width: int = 64  # channels of a tile, if channels-last
+    programs: int = 264  # that reduce a tensor: two for each of an H100's multiprocessors
+    num_warps: int = 8
+    single_pass: int = 16384  # elements that one program holds at most
+
+
+TUNING = Tuning()
+
+
+@dataclass(frozen=True)
 class Tiling:
-    """The division of the work into programs: every choice that tuning on a GPU changes."""
+    """The division of the work into programs."""
 
     single_pass: bool  # one program holds all rows of its channels
     block_rows: int
@@ -32,15 +44,15 @@ class Tiling:
 
 
 def tiling(rows: int, channels: int, channels_last: bool) -> Tiling:
-    """The tiling for a matrix `[rows, channels]`, chosen by arithmetic and not yet tuned on a GPU."""
+    """The tiling for a matrix `[rows, channels]`."""
     few_channels = min(16, triton.next_power_of_2(channels))
-    if triton.next_power_of_2(rows) * few_channels <= 16384:
-        return Tiling(True, triton.next_power_of_2(rows), few_channels, 1, 8)
-    block_channels = min(64, triton.next_power_of_2(channels)) if channels_last else 1
-    block_rows = 4096 // block_channels
-    splits = PROGRAMS // triton.cdiv(channels, block_channels)
+    if triton.next_power_of_2(rows) * few_channels <= TUNING.single_pass:
+        return Tiling(True, triton.next_power_of_2(rows), few_channels, 1, TUNING.num_warps)
+    block_channels = min(TUNING.width, triton.next_power_of_2(channels)) if channels_last else 1
+    block_rows = TUNING.tile // block_channels
+    splits = TUNING.programs // triton.cdiv(channels, block_channels)
     splits = max(1, min(splits, triton.cdiv(rows, 2 * block_rows)))
-    return Tiling(False, block_rows, block_channels, splits, 8)
+    return Tiling(False, block_rows, block_channels, splits, TUNING.num_warps)
 
 
 def mask_words(shape: torch.Size, channels_last: bool) -> int:
