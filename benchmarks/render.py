@@ -7,6 +7,7 @@ A table NAME of a document replaces what stands between ``<!-- results:NAME -->`
 several files that measured the same thing on the same machine, the newest counts.
 """
 
+import ast
 import json
 import re
 import sys
@@ -41,6 +42,7 @@ def main(arguments: list[str]) -> int:
             {**read_json(path), "folder": path.parent, "file": path.stem} for path in sorted(results.rglob("*.json"))
         ]
         contents += [read_benchmarks(path) for path in sorted(results.rglob("bench-*.csv"))]
+        contents += [read_kernels(path) for path in sorted(results.rglob("kernels-*.txt"))]
         for path, text in documents.items():
             path.write_text(render(text, contents), encoding="utf-8")
         if not arguments[1:]:
@@ -58,6 +60,22 @@ def read_benchmarks(path: Path) -> Content:
         return {**json.loads(provenance.removeprefix("#")), "rows": pd.read_csv(StringIO(table)).to_dict("records")}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as a table of benchmarks ({error})") from error
+
+
+def read_kernels(path: Path) -> Content:
+    """What kernel_table.py printed: its command, device and step, and the table by kind."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        command, _, where, *_ = text.splitlines()
+        device, versions, commit, date = re.fullmatch(r"# (.*), (\{.*\}), commit (\S+), (.*)", where).groups()
+        step, idle = (float(re.search(pattern, text)[1]) for pattern in (r"# step: (\S+) ms", r", (\S+) ms idle"))
+        kinds = re.findall(r"^(\S.*?) +([\d,.]+) +([\d.]+) +([\d.]+) +[\d,.]+$", text.split("\nby ")[1], re.MULTILINE)
+    except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
+        raise UserError(f"{path}: not readable as what kernel_table.py prints ({error})") from error
+    return {
+        "command": command.removeprefix("# "), "device": device, "versions": ast.literal_eval(versions),
+        "commit": commit, "date": date, "step_ms": step, "idle_ms": idle, "kinds": kinds,
+    }  # fmt: skip
 
 
 def render(text: str, contents: Iterable[Content]) -> str:
@@ -222,6 +240,19 @@ def convolution_tables(contents: list[Content]) -> str:
     return "\n\n".join(tables)
 
 
+def kernel_tables(contents: list[Content]) -> str:
+    """What each kind of kernel takes of a step."""
+    tables = []
+    for step in (content for content in contents if "kinds" in content):
+        caption = (
+            f"`{step['command']}`: {step['step_ms']:.2f} ms a step, {step['idle_ms']:.2f} ms of a profiled one between "
+            f"kernels; {step['device']}, {_provenance(step)}."
+        )
+        rows = [[kind, us, f"{share} %", f"{float(calls):.0f}"] for kind, us, share, calls in step["kinds"]]
+        tables.append(f"{caption}\n\n{table(['kind of kernel', 'us a step', 'of all', 'kernels'], rows)}")
+    return "\n\n".join(tables)
+
+
 def study_table(contents: list[Content]) -> str:
     """The runs of all studies beside the published figures, and what an epoch costs against eager PyTorch."""
     rows, captions = [], []
@@ -260,6 +291,7 @@ TABLES: dict[str, Callable[[list[Content]], str]] = {
     "operator": operator_table,
     "optimizers": optimizer_table,
     "convolutions": convolution_tables,
+    "kernels": kernel_tables,
     "studies": study_table,
 }
 

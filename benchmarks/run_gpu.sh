@@ -6,12 +6,13 @@
 # The stages, which are all taken unless some are named:
 #
 #   correctness   the operator's kernels are compiled in parallel; then the doctor's checks and the tests that need a GPU
-#   kernels       kernel tables of ResNet-50 at batch 128 and 512
+#   kernels       kernel tables of ResNet-50 at batch 128 and 512, and its step under other tunings of the operator
 #   rival         the same of torch.compile with max-autotune and CUDA graphs, and of fastres compiled like it
 #   train         ResNet-18 to its target accuracy
 #   profile       the profile of ResNet-50, without its compiled rows, which take minutes
 #   loaders       images a second of both loaders; left out without DALI
-#   rest          the compiled rows of the profile, tests of compiling, operator, steps, other models, tunings, the study
+#   studies       the studies with DATA, four at a time, as starting takes longer than training: accuracies, no seconds
+#   rest          the compiled rows of the profile, the slower tests, operator, steps, other models
 #
 # After every step OUT/results.tar.gz holds all results so far but the weights, those of an earlier call included. In it
 # steps.txt has a line for each step with exit code and seconds. After a step that fails or takes too long the next one
@@ -28,7 +29,7 @@ set -uo pipefail
 
 out=$(mkdir -p "${1:?usage: run_gpu.sh OUT [STAGE...]}" && cd "$1" && pwd)
 shift
-stages=(correctness kernels rival train profile loaders rest)
+stages=(correctness kernels rival train profile loaders studies rest)
 (($#)) || set -- "${stages[@]}"
 for stage; do
     if [[ " ${stages[*]} " != *" $stage "* ]]; then
@@ -68,7 +69,8 @@ imports xdist && parallel=(-n "$cores") # compiling hundreds of kernels takes mo
 
 note() {
     echo "$*" | tee -a "$RESULTS/steps.txt"
-    tar -czf "$out/part" --exclude='*.safetensors' --exclude='*.pt' -C "$RESULTS" . && mv "$out/part" "$out/results.tar.gz"
+    local part=$out/part-$BASHPID # studies end side by side
+    tar -czf "$part" --exclude='*.safetensors' --exclude='*.pt' -C "$RESULTS" . && mv "$part" "$out/results.tar.gz"
 }
 
 # step NAME SECONDS COMMAND...: runs it for at most SECONDS, and keeps what it prints in NAME.log
@@ -96,7 +98,8 @@ keep() { # NAME: the run or profile that NAME has written to its folder, if any,
 }
 
 tests() { # NAME SECONDS EXPRESSION: the tests that need a GPU; a file that cannot be imported does not stop the others
-    step "$1" "$2" "$PYTHON" -m pytest -m gpu -k "$3" --continue-on-collection-errors "${parallel[@]}"
+    # -v names a test as soon as it has failed
+    step "$1" "$2" "$PYTHON" -m pytest -v -m gpu -k "$3" --continue-on-collection-errors "${parallel[@]}"
 }
 
 kernel_table() { # NAME SECONDS BATCH FLAG...
@@ -121,11 +124,12 @@ train() { # MODEL
 stage_correctness() {
     step precompile 90 "$PYTHON" benchmarks/precompile.py "${batches[@]}"
     step doctor 60 "$PYTHON" -m fastres.doctor
-    tests gpu-tests 150 "not compile"
+    tests gpu-tests 150 "not (compile or signals)"
 }
 
 stage_kernels() {
     for batch in "${batches[@]}"; do kernel_table fastres 60 "$batch"; done
+    step tunings 90 "$PYTHON" benchmarks/tune_batch_norm_relu.py "$RESULTS/tunings.jsonl"
 }
 
 stage_rival() {
@@ -150,22 +154,32 @@ stage_loaders() {
     fi
 }
 
+study() { # NAME FLAG...
+    step "study-$1" 500 "$PYTHON" -m fastres.study "$1" --dataset folder --data-dir "$DATA" --workers 3 --no-eager-cost \
+        "${@:2}" --output-dir "$RESULTS/study-$1"
+}
+
+stage_studies() {
+    [[ ${DATA:-} ]] || return 0
+    # the runs that they share are trained once
+    (study architecture --seeds 0,1,2 && study schedule --reuse "$RESULTS/study-architecture") &
+    (study augmentation && study zero-gamma --reuse "$RESULTS/study-augmentation") &
+    study fast --seeds 0,1,2 &
+    study residual &
+    wait
+}
+
 stage_rest() {
     profile "${models[0]}" 420 "${batches[0]}" --compile
-    tests gpu-tests-of-compiling 150 compile
+    tests slower-gpu-tests 150 "compile or signals"
     benchmark operator 120 benchmarks/test_batch_norm_relu.py -k "$shapes"
     benchmark steps 120 benchmarks/test_training.py -k "(step or epoch) $quick"
     for model in "${models[@]:1}"; do profile "$model" 80 "${batches[0]}" --no-compile; done
     for batch in "${batches[@]:1}"; do
         for model in "${models[@]}"; do profile "$model" 80 "$batch" --no-compile; done
     done
-    step tunings 120 "$PYTHON" benchmarks/tune_batch_norm_relu.py "$RESULTS/tunings.jsonl"
     benchmark forward 150 benchmarks/test_training.py -k "forward $quick"
     for model in "${models[0]}" "${models[@]:2}"; do train "$model"; done
-    if [[ ${DATA:-} ]]; then
-        step study-architecture 150 "$PYTHON" -m fastres.study architecture --dataset folder --data-dir "$DATA" \
-            --output-dir "$RESULTS/study-architecture"
-    fi
 }
 
 for stage; do "stage_$stage"; done
