@@ -67,11 +67,12 @@ parallel=()
 imports() { "$PYTHON" -c "import $1" >/dev/null 2>&1; }
 imports xdist && parallel=(-n "$cores") # compiling hundreds of kernels takes most of the tests' time
 
-note() {
+note() (
+    flock 9 # studies end side by side
     echo "$*" | tee -a "$RESULTS/steps.txt"
-    local part=$out/part-$BASHPID # studies end side by side
-    tar -czf "$part" --exclude='*.safetensors' --exclude='*.pt' -C "$RESULTS" . && mv "$part" "$out/results.tar.gz"
-}
+    tar -czf "$out/part" --exclude='*.safetensors' --exclude='*.pt' -C "$RESULTS" .
+    (($? < 2)) && mv "$out/part" "$out/results.tar.gz" # 1: a file has grown meanwhile
+) 9<benchmarks/run_gpu.sh
 
 # step NAME SECONDS COMMAND...: runs it for at most SECONDS, and keeps what it prints in NAME.log
 step() {
