@@ -27,6 +27,7 @@ class Tuning:
     programs: int = 264  # that reduce a tensor: two for each of an H100's multiprocessors
     num_warps: int = 8
     single_pass: int = 16384  # elements that one program holds at most
+    single_pass_width: int = 16  # channels of them
 
 
 TUNING = Tuning()
@@ -45,9 +46,11 @@ class Tiling:
 
 def tiling(rows: int, channels: int, channels_last: bool) -> Tiling:
     """The tiling for a matrix `[rows, channels]`."""
-    few_channels = min(16, triton.next_power_of_2(channels))
-    if triton.next_power_of_2(rows) * few_channels <= TUNING.single_pass:
-        return Tiling(True, triton.next_power_of_2(rows), few_channels, 1, TUNING.num_warps)
+    few_channels = min(TUNING.single_pass_width, triton.next_power_of_2(channels))
+    elements = triton.next_power_of_2(rows) * few_channels
+    if elements <= TUNING.single_pass:
+        num_warps = max(TUNING.num_warps, elements // 2048)  # 64 elements in the registers of a thread
+        return Tiling(True, elements // few_channels, few_channels, 1, num_warps)
     block_channels = min(TUNING.width, triton.next_power_of_2(channels)) if channels_last else 1
     block_rows = TUNING.tile // block_channels
     splits = TUNING.programs // triton.cdiv(channels, block_channels)
