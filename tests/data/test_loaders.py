@@ -265,9 +265,9 @@ def test_loaders_agree_on_files(suffix, augmentation, device, arrays, tmp_path):
     dali, eager = (
         epoch_of(make_loader(name, dataset.train, plan_of_epoch, dataset, device=device)) for name in LOADERS
     )
-    # JPEG decoders may differ by 3 of 255 levels; the others are exact
+    # JPEG decoders may differ by 3 of 255 levels; the others are exact, but for the rounding of float32
     levels = (dali[0] - eager[0]).abs() * torch.tensor(dataset.std).view(3, 1, 1) * 255
-    assert levels.max() <= (3 if suffix == ".jpg" else 1e-3)
+    assert levels.max() <= (3 if suffix == ".jpg" else 0) + 1e-3
     torch.testing.assert_close(dali[1], eager[1])
 
 
@@ -365,7 +365,7 @@ def test_loaders_agree_on_odd_images(name, content, device, arrays, tmp_path):
         for loader in LOADERS
     )
     levels = (dali - eager).abs() * torch.tensor(dataset.std).view(3, 1, 1) * 255
-    assert levels.max() <= (3 if name.startswith("jpeg") else 1e-3)
+    assert levels.max() <= (3 if name.startswith("jpeg") else 0) + 1e-3
     assert dali.std() > 0.1
 
 

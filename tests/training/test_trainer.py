@@ -221,6 +221,20 @@ def test_evaluation_counts_every_image_once(device):
     assert evaluation.per_class_accuracy == pytest.approx(expected.tolist())
 
 
+def test_cudnn_tries_its_algorithms_for_whole_batches_only(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    batches, model, seen = random_batches([8, 8, 5]), small_model(), []
+    model.register_forward_pre_hook(
+        lambda module, inputs: seen.append((len(inputs[0]), torch.backends.cudnn.benchmark))
+    )
+    trainer = make_trainer(batches, model, batch_size=8, eval_batch_size=8, cuda_graphs=False)
+    train_epoch(trainer, batches)
+    trainer.evaluate(batches, 0, mirrored=True)
+    whole, smaller = (8, True), (5, False)
+    assert seen == [whole, whole, smaller, *[whole] * 4, *[smaller] * 2]
+    assert torch.backends.cudnn.benchmark
+
+
 def test_top_5_of_a_hundred_classes():
     trainer = make_trainer(random_batches([8]))
     trainer.num_classes = 100
