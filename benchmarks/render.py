@@ -21,9 +21,9 @@ from recipes import Content, Steps, draw, reached
 
 from fastres.errors import UserError
 from fastres.files import read_json
-from fastres.report.page import as_markdown, table
+from fastres.report.page import as_markdown, table, table_of
 from fastres.report.results import Estimate, one_of_each_model, read_results
-from fastres.report.study import scale_line
+from fastres.report.study import claims, scale_line
 
 PICTURE = "docs/recipes.png"
 DOCUMENTS = ("README.md", "docs/measurements.md")
@@ -281,6 +281,18 @@ def study_table(contents: list[Content]) -> str:
     return "\n\n".join([table(head, rows), "\n".join(f"* {caption}" for caption in captions)])
 
 
+def claims_table(contents: list[Content]) -> str:
+    """Every published figure that the kept studies can be compared with, and whether they agree."""
+    studies = sorted((content for content in contents if "study" in content), key=lambda study: study["study"])
+    return table_of(
+        [
+            {"study": f"`{study['study']}`", **row}
+            for study in studies
+            for row in claims(study, read_results(study["folder"], study))
+        ]
+    )
+
+
 TABLES: dict[str, Callable[[list[Content]], str]] = {
     "profile": profile_tables,
     "front": front_table,
@@ -293,6 +305,7 @@ TABLES: dict[str, Callable[[list[Content]], str]] = {
     "convolutions": convolution_tables,
     "kernels": kernel_tables,
     "studies": study_table,
+    "claims": claims_table,
 }
 
 

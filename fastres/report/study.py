@@ -235,6 +235,7 @@ def claim(label: str, name: str, published: float, ours: pd.Series, error: float
         "figure": as_markdown(f"{label}: {metric.name}"),
         "published": number(published),
         "ours": number(ours.mean()),
+        "n": f"{len(ours)}",
         "another seed of ours": f"{number(low)} to {number(high)}" if 0 < found.high - found.low < math.inf else "",
         "verdict": found.verdict,
     }

@@ -154,7 +154,7 @@ def test_published_figures_are_judged(text_of, study):
     ]  # fmt: skip
     # 93 and 95, of 200 test images: 94 +- t 1.4142 sqrt(1.5) and +- 1.96 1.68
     low = 94 - np.hypot(12.7062 * 1.41421 * 1.5**0.5, 1.95996 * 1.67929)
-    assert figures[0][1:] == ["94.17", "94.00", f"{low:.2f} to 100.00", "consistent |"]
+    assert figures[0][1:] == ["94.17", "94.00", "2", f"{low:.2f} to 100.00", "consistent |"]
     assert figures[2][1:3] == ["-8.37", "-6.00"]
 
 
