@@ -20,6 +20,7 @@ from fastres.data.splits import IMAGE_SIZE, Split
 Images = np.ndarray | torch.Tensor | list[np.ndarray]  # pixels uint8 [N, S, S, 3], on a GPU if a tensor; or files
 MAX_BATCHES_IN_FLIGHT = 8  # that the GPU may still read; then the host waits
 DECODE_BATCH, DECODE_BATCH_LARGE = 512, 16  # 32x32 images; images of up to MAX_PIXELS
+REFLECTED_AT_ONCE = 1024
 
 
 class DaliLoader(PlanLoader):
@@ -42,6 +43,9 @@ class DaliLoader(PlanLoader):
             self.images = decode(split, self.workers, self.device)
         elif pixels_on_gpu(len(split), self.device, split.size):
             self.images = torch.from_numpy(np.asarray(split.images)).to(self.device)
+        plan, self.padded = self.plan_of_epoch(0), False
+        if plan.reflectcrop is not None and plan.crop is None and not isinstance(self.images, list):
+            self.images, self.padded = with_reflection(self.images), True  # once, rather than in every batch
         self.pipeline: Pipeline | None = None
         self.upcoming = 0, 0  # epoch and batch that the pipeline gives next
         self.in_flight: deque[tuple[torch.cuda.Event, Batch]] = deque()  # what the GPU may still read
@@ -125,7 +129,7 @@ class DaliLoader(PlanLoader):
                 images = fn.slice(images, start=batch["crop"], out_of_bounds_policy="pad", fill_values=0, **window)
             if "reflectcrop" in batch:
                 images = fn.slice(
-                    _reflected(images, self.split.size),
+                    images if self.padded else _reflected(images, self.split.size),
                     start=batch["reflectcrop"] + crop_padding(self.split.size),
                     **window,
                 )
@@ -183,8 +187,19 @@ class _PlannedBatches:
         return array[self.uploaded[1][rows]]
 
 
+def with_reflection(images: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """``images``, ``[N, S, S, 3]``, with their reflection in the pixels around them that a crop can show."""
+    rows = np.pad(np.arange(images.shape[1]), crop_padding(images.shape[1]), mode="reflect")
+    shape = len(images), len(rows), len(rows), 3
+    padded: Any = np.empty(shape, np.uint8) if isinstance(images, np.ndarray) else images.new_empty(shape)
+    for start in range(0, len(images), REFLECTED_AT_ONCE):  # so that no second copy is made of them all
+        part = images[start : start + REFLECTED_AT_ONCE]
+        padded[start : start + REFLECTED_AT_ONCE] = part[:, rows][:, :, rows]
+    return padded
+
+
 def _reflected(images: DataNode, size: int) -> DataNode:
-    """``images`` with their reflection in the pixels around them that a crop can show."""
+    """``with_reflection`` as a part of a pipeline."""
     padding = crop_padding(size)
     for axis in (0, 1):
         before, after = (

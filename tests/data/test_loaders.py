@@ -127,7 +127,7 @@ def test_as_many_workers_as_asked_for(name, target, argument, arrays, monkeypatc
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("augmentation", [*AUGMENTATIONS, "crop-reflectcrop"])
 @pytest.mark.parametrize("name", LOADERS)
 def test_batches_are_what_the_plan_says(name, augmentation, device, arrays):
     split = Split(arrays.train.images, np.arange(60))
@@ -382,14 +382,14 @@ def test_what_comes_after_a_refused_image_is_not_displaced(arrays, tmp_path):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-@pytest.mark.parametrize("size", [32, 48])
-def test_decoding_once_is_decoding_in_every_epoch(name, size, arrays, tmp_path):
+@pytest.mark.parametrize(("size", "augmentation"), [(32, "crop-flip"), (48, "reflectcrop-flip")])
+def test_decoding_once_is_decoding_in_every_epoch(name, size, augmentation, arrays, tmp_path):
     root = write_folder(tmp_path, arrays, ".png", size)
     if size == 32:  # where DALI refuses a file, a resized one may differ by rounding
         damaged = root / "train/dark/0040.png"
         damaged.write_bytes(damaged.read_bytes()[:-12])
     split = folder(root).train
-    plan_of_epoch = partial(training_plan, 5, num_images=60, augmentation="crop-flip")
+    plan_of_epoch = partial(training_plan, 5, num_images=60, augmentation=augmentation)
     once, every = (
         [epoch_of(make_loader(name, split, plan_of_epoch, arrays, decode=decode), epoch) for epoch in (0, 1)]
         for decode in ("once", "every-epoch")
