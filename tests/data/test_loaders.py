@@ -127,7 +127,7 @@ def test_as_many_workers_as_asked_for(name, target, argument, arrays, monkeypatc
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("augmentation", [*AUGMENTATIONS, "crop-reflectcrop"])
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 @pytest.mark.parametrize("name", LOADERS)
 def test_batches_are_what_the_plan_says(name, augmentation, device, arrays):
     split = Split(arrays.train.images, np.arange(60))
