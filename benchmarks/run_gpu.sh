@@ -130,7 +130,7 @@ stage_correctness() {
 
 stage_kernels() {
     for batch in "${batches[@]}"; do kernel_table fastres 60 "$batch"; done
-    step tunings 90 "$PYTHON" benchmarks/tune_batch_norm_relu.py "$RESULTS/tunings.jsonl"
+    step tunings 120 "$PYTHON" benchmarks/tune_batch_norm_relu.py "$RESULTS/tunings.jsonl"
 }
 
 stage_rival() {
