@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
             {**read_json(path), "folder": path.parent, "file": path.stem} for path in sorted(results.rglob("*.json"))
         ]
         contents += [read_benchmarks(path) for path in sorted(results.rglob("bench-*.csv"))]
-        contents += [read_kernels(path) for path in sorted(results.rglob("kernels-*.txt"))]
+        contents += [read_kernels(path) for path in sorted(results.rglob("kernels-*.log"))]
         for path, text in documents.items():
             path.write_text(render(text, contents), encoding="utf-8")
         if not arguments[1:]:
@@ -66,15 +66,17 @@ def read_kernels(path: Path) -> Content:
     """What kernel_table.py printed: its command, device and step, and the table by kind."""
     try:
         text = path.read_text(encoding="utf-8")
-        command, _, where, *_ = text.splitlines()
-        device, versions, commit, date = re.fullmatch(r"# (.*), (\{.*\}), commit (\S+), (.*)", where).groups()
-        step, idle = (float(re.search(pattern, text)[1]) for pattern in (r"# step: (\S+) ms", r", (\S+) ms idle"))
-        kinds = re.findall(r"^(\S.*?) +([\d,.]+) +([\d.]+) +([\d.]+) +[\d,.]+$", text.split("\nby ")[1], re.MULTILINE)
+        (command,) = re.findall(r"^# (kernel_table.py .*)$", text, re.MULTILINE)
+        ((device, versions, commit, date),) = re.findall(r"^# (.*), (\{.*\}), commit (\S+), (.*)$", text, re.MULTILINE)
+        step, idle = re.search(r"# step: (\S+) ms", text)[1], re.search(r", (\S+) ms idle", text)
+        kinds = re.findall(r"^(\S.*?) +([\d,.]+) +([\d.]+) +([\d,.]+) +[\d,.]+$", text.split("\nby ")[1], re.MULTILINE)
+        versions = ast.literal_eval(versions)
     except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
         raise UserError(f"{path}: not readable as what kernel_table.py prints ({error})") from error
     return {
-        "command": command.removeprefix("# "), "device": device, "versions": ast.literal_eval(versions),
-        "commit": commit, "date": date, "step_ms": step, "idle_ms": idle, "kinds": kinds,
+        "command": f"python benchmarks/{command}", "device": device, "versions": versions, "commit": commit,
+        "date": date, "step_ms": step, "idle": f", {idle[1]} ms of a profiled one between kernels" if idle else "",
+        "kinds": kinds,
     }  # fmt: skip
 
 
@@ -242,13 +244,13 @@ def convolution_tables(contents: list[Content]) -> str:
 
 def kernel_tables(contents: list[Content]) -> str:
     """What each kind of kernel takes of a step."""
+    newest = {(step["command"], step["device"]): step for step in contents if "kinds" in step}
     tables = []
-    for step in (content for content in contents if "kinds" in content):
+    for step in newest.values():
         caption = (
-            f"`{step['command']}`: {step['step_ms']:.2f} ms a step, {step['idle_ms']:.2f} ms of a profiled one between "
-            f"kernels; {step['device']}, {_provenance(step)}."
+            f"`{step['command']}`: {step['step_ms']} ms a step{step['idle']}; {step['device']}, {_provenance(step)}."
         )
-        rows = [[kind, us, f"{share} %", f"{float(calls):.0f}"] for kind, us, share, calls in step["kinds"]]
+        rows = [[kind, us, f"{share} %", calls.removesuffix(".0")] for kind, us, share, calls in step["kinds"]]
         tables.append(f"{caption}\n\n{table(['kind of kernel', 'us a step', 'of all', 'kernels'], rows)}")
     return "\n\n".join(tables)
 
@@ -271,11 +273,11 @@ def study_table(contents: list[Content]) -> str:
                     f"{result.times_eager:.1f}" if result.eager and result in compared else "",
                 ]
             )
-        summary = results[0].summaries[0]
+        summary, runs = results[0].summaries[0], [run for result in results for run in result.summaries]
+        measured = {f"{run['device']}, {_provenance({**run, 'date': study['date']})}": None for run in runs}
         captions.append(
             f"`{study['study']}`: {as_markdown(scale_line(study))}; {summary['train_images']:,} training images; seeds "
-            f"{', '.join(str(run['seed']) for run in results[0].summaries)}; {summary['device']}; "
-            f"{_provenance({**summary, 'date': study['date']})}."
+            f"{', '.join(str(run['seed']) for run in results[0].summaries)}; {'; '.join(measured)}."
         )
     head = ["run", "published best, %", "best, %", "last, %", "epochs' work", "s/epoch", "x eager"]
     return "\n\n".join([table(head, rows), "\n".join(f"* {caption}" for caption in captions)])

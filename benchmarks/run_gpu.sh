@@ -19,7 +19,7 @@
 # runs; a step that there is no time left for is noted. Unpacked into benchmarks/results/MACHINE-DATE, they are kept.
 #
 #   PYTHON           interpreter with torch (python3); fastres itself need not be installed
-#   FASTRES_COMMIT   commit for the tables, where there is no git repository
+#   FASTRES_COMMIT   commit for the tables and for studies that share runs, where there is no git repository
 #   DATA, LABEL      folder with CIFAR-10 as train/<class>/ and test/<class>/ (digits otherwise), and its name in tables
 #   TARGET           accuracy in percent at which training ends (93; digits: 95)
 #   BUDGET           seconds for this call (560)
@@ -162,10 +162,9 @@ study() { # NAME FLAG...
 
 stage_studies() {
     [[ ${DATA:-} ]] || return 0
-    # the runs that they share are trained once
-    (study architecture --seeds 0,1,2 && study schedule --reuse "$RESULTS/study-architecture") &
-    (study augmentation && study zero-gamma --reuse "$RESULTS/study-augmentation") &
-    study fast --seeds 0,1,2 &
+    (study architecture --seeds 0,1,2; study fast --seeds 0,1,2 --reuse "$RESULTS/study-architecture") &
+    (study augmentation; study zero-gamma --reuse "$RESULTS/study-augmentation") &
+    study schedule &
     study residual &
     wait
 }

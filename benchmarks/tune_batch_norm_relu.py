@@ -52,7 +52,7 @@ def step(tuning: launch.Tuning, config: TrainConfig, dataset: Dataset) -> Callab
 def main(path: Path) -> None:
     tune_libraries("cuda")
     dataset = synthetic(50_000)
-    config, _ = resolve(TrainConfig(model="resnet50", batch_size=BATCH), dataset)
+    config, _ = resolve(TrainConfig(model="resnet50", batch_size=BATCH, fused=True, cuda_graphs=True), dataset)
     best = launch.TUNING
     steps = {best: step(best, config, dataset)}
     with path.open("w", encoding="utf-8") as file:

@@ -302,7 +302,8 @@ def test_the_operator_moves_what_the_roofline_counts():
 
 
 def test_tuning_goes_on_from_the_best_so_far(tmp_path, monkeypatch):
-    tune, own, trained = script("tune_batch_norm_relu"), launch.TUNING, []
+    tune, own, trained = script("tune_batch_norm_relu"), launch.Tuning(num_warps=8, programs=264), []
+    monkeypatch.setattr(launch, "TUNING", own)
     fastest = replace(own, num_warps=4, programs=132, tile=8192)
 
     class Trainer:
@@ -361,6 +362,25 @@ def test_a_damaged_table_of_benchmarks_is_an_error(content, tmp_path, capsys):
     assert render.main([str(tmp_path), str(tmp_path / "README.md")]) == 2
     assert "bench-x.csv: not readable as a table of benchmarks" in capsys.readouterr().err
     assert (tmp_path / "README.md").read_text() == readme("steps")
+
+
+def test_a_damaged_table_of_kernels_is_an_error_and_one_of_a_cpu_is_not(tmp_path, capsys):
+    text = (RESULTS / "NVIDIA-H100-2026-11-27/kernels-fastres-128.log").read_text()
+    file, document = tmp_path / "kernels-fastres-8.log", tmp_path / "README.md"
+    document.write_text(readme("kernels"))
+    file.write_text("a warning\n" + text.replace(", 0.754 ms idle", "").replace(" 212.0 ", " 1,212.0 "))
+    assert render.main([str(tmp_path), str(document)]) == 0
+    assert "--batch-size 128`: 7.867 ms a step; NVIDIA H100" in document.read_text()
+    assert "| fused operator | 3,721.3 | 48.6 % | 1,212 |" in document.read_text()
+    for damaged in (
+        text.replace("# step", "step"),
+        text.replace("\nby kind", ""),
+        "",
+        text.replace("{'python", "{python"),
+    ):
+        file.write_text(damaged)
+        assert render.main([str(tmp_path), str(document)]) == 2
+        assert "kernels-fastres-8.log: not readable as what kernel_table.py prints" in capsys.readouterr().err
 
 
 @pytest.fixture

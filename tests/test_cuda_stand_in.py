@@ -78,7 +78,7 @@ def test_no_two_kernels_that_may_run_together_count_in_the_same_memory(log, monk
 @pytest.mark.parametrize("fits", [True, False])
 @pytest.mark.parametrize("decode", ["once", "every-epoch"])
 def test_batches_are_those_of_the_cpu(log, encoded, fits, decode, arrays, image_folder, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20 if fits else 2**17, 2**20))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**21 if fits else 2**17, 2**21))
     split = folder(image_folder).train if encoded else arrays.train
     batches = {}
     for device in ("cpu", "cuda"):
@@ -133,7 +133,7 @@ def test_the_fast_recipe_and_mixup(log, tmp_path, monkeypatch, command_line):
     assert log.count("capture") == 3  # one for each size
     assert log.count("replay") == 1437 // 32
     assert "images are mixed: training accuracy is that of each one's larger part" in command_line.out
-    assert command_line(*flags, "--no-cuda-graphs", "--output-dir", tmp_path / "plain") == 0
+    assert command_line(*flags, "--no-cuda-graphs", "--fused", "--output-dir", tmp_path / "plain") == 0
     losses = [
         json.loads((folder / "summary.json").read_text())["first_losses"] for folder in (graphs, tmp_path / "plain")
     ]

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from fastres.data.mixing import Batch, mixed
-from fastres.data.plan import EpochPlan
+from fastres.data.plan import EpochPlan, crop_padding
 from fastres.data.splits import CIFAR10_MEAN, CIFAR10_STD, IMAGE_SIZE, Split
 from fastres.errors import UserError, first_line
 
@@ -46,7 +46,7 @@ class PlanLoader(ABC):
 
     Args:
         data: a Split, or a pair of images and labels.
-        plan_of_epoch: returns the EpochPlan of an epoch, counted from 0; all have the same length.
+        plan_of_epoch: returns the EpochPlan of an epoch, counted from 0; all have the same length and columns.
         batch_size: images in a batch; the last one of an epoch may have fewer.
         mean, std: of each channel, of pixels in [0, 1]; CIFAR-10's by default.
         device: where the batches are used. DaliLoader puts them there; EagerLoader leaves them on the CPU, in pinned
@@ -136,12 +136,17 @@ def choose_loader(name: str, fault: str = "") -> tuple[str, str]:
 
 def pixels_on_gpu(images: int, device: torch.device, size: int = IMAGE_SIZE) -> bool:
     """Whether DaliLoader keeps the pixels of so many images on ``device``: on a GPU with four times the memory free."""
-    return device.type == "cuda" and 4 * images * 3 * size**2 <= torch.cuda.mem_get_info(device)[0]
+    return device.type == "cuda" and 4 * _pixel_bytes(images, size) <= torch.cuda.mem_get_info(device)[0]
 
 
 def pixels_in_memory(images: int, size: int = IMAGE_SIZE) -> bool:
     """Whether the pixels of so many images take at most a quarter of the memory that the host has free."""
-    return 4 * images * 3 * size**2 <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 4 * _pixel_bytes(images, size) <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _pixel_bytes(images: int, size: int) -> int:
+    """With what a crop may show around them, where that is kept, too."""
+    return images * 3 * (size + 2 * crop_padding(size)) ** 2
 
 
 def create_loader(name: str, *args: Any, **options: Any) -> Loader:

@@ -43,8 +43,8 @@ class DaliLoader(PlanLoader):
             self.images = decode(split, self.workers, self.device)
         elif pixels_on_gpu(len(split), self.device, split.size):
             self.images = torch.from_numpy(np.asarray(split.images)).to(self.device)
-        self.padded = False
-        if self.plan_of_epoch(0).reflectcrop is not None and not isinstance(self.images, list):
+        plan, self.padded = self.plan_of_epoch(0), False
+        if plan.reflectcrop is not None and plan.crop is None and not isinstance(self.images, list):
             self.images, self.padded = with_reflection(self.images), True  # once, rather than in every batch
         self.pipeline: Pipeline | None = None
         self.upcoming = 0, 0  # epoch and batch that the pipeline gives next

@@ -52,9 +52,11 @@ def choose_amp(name: str, device: torch.device) -> tuple[str, str]:
     return "off", "the CPU has neither AMX nor AVX512-BF16"
 
 
-def choose_fused(wanted: bool | None, device: torch.device, sync_bn: bool, fault: str = "") -> tuple[bool, str]:
+def choose_fused(
+    wanted: bool | None, device: torch.device, sync_bn: bool, fault: str = "", captured: bool = True
+) -> tuple[bool, str]:
     """Whether norm, residual add and ReLU are the fused operator, which ``sync_bn`` needs; ``fault`` is what a check of
-    it has found.
+    it has found, and ``captured`` whether steps are CUDA graphs.
 
     Raises UserError where it is asked for and cannot run here.
     """
@@ -71,6 +73,8 @@ def choose_fused(wanted: bool | None, device: torch.device, sync_bn: bool, fault
         raise UserError(f"--fused: {missing}; or take --no-fused")
     if missing:
         return False, missing
+    if device.type == "cuda" and not (captured or wanted or sync_bn):
+        return False, "outside of a CUDA graph its launches take longer than PyTorch's"
     return True, "asked for" if wanted else f"{kernels} kernels"
 
 
@@ -138,10 +142,11 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
     device, device_why = choose_device(config.device)
     amp, amp_why = choose_amp(config.amp, device)
     faults = selfcheck.faults(device)
-    fused, fused_why = choose_fused(config.fused, device, config.sync_bn, faults.get("operator", ""))
     compiled, compile_why = choose_compile(config.compile, device, steps)
-    cuda_graphs, graphs_why = choose_cuda_graphs(
-        config.cuda_graphs, device, config.compile_mode if compiled else None, faults.get("cuda-graph", "")
+    compile_mode = config.compile_mode if compiled else None
+    cuda_graphs, graphs_why = choose_cuda_graphs(config.cuda_graphs, device, compile_mode, faults.get("cuda-graph", ""))
+    fused, fused_why = choose_fused(
+        config.fused, device, config.sync_bn, faults.get("operator", ""), cuda_graphs or compile_mode in GRAPH_MODES
     )
     loader, loader_why = choose_loader(config.loader, faults.get("loaders", ""))
     decode = config.decode

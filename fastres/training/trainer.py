@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,9 +53,10 @@ def explain_out_of_memory(flag: str, value: int | str) -> Iterator[None]:
 
 
 @contextmanager
-def without_trials() -> Iterator[None]:
-    """Lets cuDNN choose algorithms without trying them, which takes many seconds for a batch of a new size."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+def trials_of_cudnn(wanted: bool) -> Iterator[None]:
+    """Unless ``wanted``, cuDNN tries no algorithms to choose one, which takes seconds for a batch of a new size."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before and wanted
     try:
         yield
     finally:
@@ -167,7 +168,7 @@ class Trainer:
                 if replay := self.replays.get(images.shape):
                     self.loss, logits = replay(images, labels)
                 else:
-                    with self._trials(images, self.config.batch_size):
+                    with trials_of_cudnn(len(images) == distributed.largest_shard(self.config.batch_size)):
                         self.loss, logits = self._step(images, labels, weight)
             if epoch.number == 0 and epoch.steps < FIRST_STEPS:
                 self.losses.append(self.loss.clone())
@@ -236,7 +237,7 @@ class Trainer:
         for images, labels in loader.epoch(epoch):
             with explain_out_of_memory("--eval-batch-size", self.config.eval_batch_size), self._autocast():
                 images, labels = self._to_device(images, labels)
-                with self._trials(images, self.config.eval_batch_size):
+                with trials_of_cudnn(len(images) == distributed.largest_shard(self.config.eval_batch_size)):
                     logits = self.predict(images).float()
                     if mirrored:
                         both = torch.stack([logits, self.predict(images.flip(3)).float()])
@@ -274,11 +275,6 @@ class Trainer:
         """Waits for all work queued on the GPU; does nothing on a CPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    @staticmethod
-    def _trials(images: torch.Tensor, batch_size: int) -> AbstractContextManager[None]:
-        """cuDNN tries its algorithms for whole batches, not for the smaller one at the end of an epoch."""
-        return nullcontext() if len(images) == distributed.largest_shard(batch_size) else without_trials()
 
     def _autocast(self) -> torch.autocast:
         # no weight is cast twice in a step, and a graph must not refer to the cache's tensors

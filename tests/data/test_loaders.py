@@ -129,7 +129,8 @@ def test_as_many_workers_as_asked_for(name, target, argument, arrays, monkeypatc
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 @pytest.mark.parametrize("name", LOADERS)
-def test_batches_are_what_the_plan_says(name, augmentation, device, arrays):
+def test_batches_are_what_the_plan_says(name, augmentation, device, arrays, monkeypatch):
+    monkeypatch.setattr(dali, "REFLECTED_AT_ONCE", 16)
     split = Split(arrays.train.images, np.arange(60))
     plan_of_epoch = partial(training_plan, 5, num_images=60, augmentation=augmentation)
     loader = make_loader(name, split, plan_of_epoch, arrays, device=device)
@@ -138,6 +139,14 @@ def test_batches_are_what_the_plan_says(name, augmentation, device, arrays):
         images, labels = epoch_of(loader, epoch)
         np.testing.assert_array_equal(labels, plan.order)
         np.testing.assert_allclose(images, reference(arrays, split, plan), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_plan_of_ones_own_may_crop_twice(name, arrays):
+    crops = (training_plan(5, 0, 60, "crop").crop, training_plan(6, 0, 60, "crop").crop)
+    plan = EpochPlan(np.arange(60), crop=crops[0], reflectcrop=crops[1])
+    images, _ = epoch_of(make_loader(name, arrays.train, lambda epoch: plan, arrays))
+    np.testing.assert_allclose(images, reference(arrays, arrays.train, plan), atol=2e-6)
 
 
 @pytest.mark.parametrize("device", DEVICES)

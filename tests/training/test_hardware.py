@@ -53,3 +53,7 @@ def test_the_operator_is_chosen_where_its_kernels_can_run(monkeypatch):
         hardware.choose_fused(True, CUDA, False)
     monkeypatch.setenv("CC", "cc")
     assert hardware.choose_fused(None, CUDA, False) == (True, "Triton kernels")
+    reason = "outside of a CUDA graph its launches take longer than PyTorch's"
+    assert hardware.choose_fused(None, CUDA, False, captured=False) == (False, reason)
+    assert hardware.choose_fused(True, CUDA, False, captured=False) == (True, "asked for")
+    assert hardware.choose_fused(None, CUDA, True, captured=False) == (True, "Triton kernels")
