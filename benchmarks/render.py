@@ -71,7 +71,7 @@ def read_kernels(path: Path) -> Content:
         step, idle = re.search(r"# step: (\S+) ms", text)[1], re.search(r", (\S+) ms idle", text)
         kinds = re.findall(r"^(\S.*?) +([\d,.]+) +([\d.]+) +([\d,.]+) +[\d,.]+$", text.split("\nby ")[1], re.MULTILINE)
         versions = ast.literal_eval(versions)
-    except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, IndexError, SyntaxError) as error:
         raise UserError(f"{path}: not readable as what kernel_table.py prints ({error})") from error
     return {
         "command": f"python benchmarks/{command}", "device": device, "versions": versions, "commit": commit,

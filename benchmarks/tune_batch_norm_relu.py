@@ -2,9 +2,9 @@
 
     python benchmarks/tune_batch_norm_relu.py FILE
 
-One constant is varied after the other, each from the best that was found so far. A line a tuning goes to FILE: JSON,
-with the milliseconds of a captured step, the median of interleaved rounds, and how many times as long the best so far
-takes in the same round. FASTRES_BENCHMARK_BATCH sets the batch size.
+One constant is varied after the other, each from the best that was found so far. FILE gets lines of JSON: where and
+when this was measured, then one a tuning, with the milliseconds of a captured step, the median of interleaved rounds,
+and how many times as long the best so far takes in the same round. FASTRES_BENCHMARK_BATCH sets the batch size.
 """
 
 import json
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from fastres.config import TrainConfig
 from fastres.data.datasets import synthetic
 from fastres.data.splits import Dataset
+from fastres.machine import commit, device_name, versions
 from fastres.ops.batch_norm_relu import launch
 from fastres.profiling.measure import RepeatedBatch, create_trainer, first_batch, interleave, train
 from fastres.training.hardware import resolve, tune_libraries
@@ -55,7 +57,15 @@ def main(path: Path) -> None:
     config, _ = resolve(TrainConfig(model="resnet50", batch_size=BATCH, fused=True, cuda_graphs=True), dataset)
     best = launch.TUNING
     steps = {best: step(best, config, dataset)}
+    where = {
+        "command": f"python benchmarks/tune_batch_norm_relu.py {path}",
+        "device": device_name(torch.device(config.device)),
+        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
+        "versions": versions(),
+        "commit": commit(),
+    }
     with path.open("w", encoding="utf-8") as file:
+        print(json.dumps(where), file=file)
         for name, values in CHOICES.items():
             tried = [best, *(replace(best, **{name: value}) for value in values if value != getattr(best, name))]
             steps = {tuning: steps.get(tuning) or step(tuning, config, dataset) for tuning in tried}
