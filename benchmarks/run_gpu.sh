@@ -162,6 +162,7 @@ study() { # NAME FLAG...
 
 stage_studies() {
     [[ ${DATA:-} ]] || return 0
+    step doctor 60 "$PYTHON" -m fastres.doctor # whose outcome is kept, or all four would look for themselves
     (study architecture --seeds 0,1,2; study fast --seeds 0,1,2 --reuse "$RESULTS/study-architecture") &
     (study augmentation; study zero-gamma --reuse "$RESULTS/study-augmentation") &
     study schedule &

@@ -430,6 +430,7 @@ def test_the_gpu_script_goes_on_after_a_failure_and_packs_all_results(run_gpu, t
         "train-vgg13: exit code 0",
         "profile-vgg11-8: exit code 3",
         "loaders: exit code 0",
+        "doctor: exit code 0",
         "profile-vgg11-8-compiled: exit code 3",
         "slower-gpu-tests: exit code 0",
         "operator: exit code 0",
