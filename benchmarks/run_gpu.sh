@@ -52,6 +52,7 @@ sizes=(--seconds 20)
 training=(--dataset digits --epochs 8 --target-accuracy "${TARGET:-95}")
 shapes="64x32x32 or 256x32x32 or 512x16x16 or 2048x4x4"
 quick=
+scale=()
 [[ ${DATA:-} ]] && training=(--dataset folder --data-dir "$DATA" --epochs 30 --augmentation crop-flip-cutout
     --workers "$((cores > 2 ? cores - 2 : 1))" --target-accuracy "${TARGET:-93}")
 if [[ ${QUICK:-} ]]; then
@@ -62,6 +63,7 @@ if [[ ${QUICK:-} ]]; then
     shapes="2048x4x4 and forward and plain"
     export FASTRES_BENCHMARK_BATCH=2
     quick="and vgg16"
+    scale=(--scale 0.05 --data-scale 0.02)
 fi
 parallel=()
 imports() { "$PYTHON" -c "import $1" >/dev/null 2>&1; }
@@ -157,7 +159,7 @@ stage_loaders() {
 
 study() { # NAME FLAG...
     step "study-$1" 500 "$PYTHON" -m fastres.study "$1" --dataset folder --data-dir "$DATA" --workers 3 --no-eager-cost \
-        "${@:2}" --output-dir "$RESULTS/study-$1"
+        "${scale[@]}" "${@:2}" --output-dir "$RESULTS/study-$1"
 }
 
 stage_studies() {
