@@ -135,7 +135,7 @@ class TrainConfig:
     fused: bool | None = flag(
         "Model",
         "fused BatchNorm-(add-)ReLU operator, and convolutions of small maps as products on a CPU, instead of torch's "
-        "modules; auto: where its kernels can run",
+        "modules; auto: where its kernels can run and, on CUDA, steps are captured as a CUDA graph",
         None,
     )
     sync_bn: bool = flag(
