@@ -101,8 +101,8 @@ keep() { # NAME: the run or profile that NAME has written to its folder, if any,
 }
 
 tests() { # NAME SECONDS EXPRESSION: the tests that need a GPU; a file that cannot be imported does not stop the others
-    # -v names a test as soon as it has failed
-    step "$1" "$2" "$PYTHON" -m pytest -v -m gpu -k "$3" --continue-on-collection-errors "${parallel[@]}"
+    # -vv, as pyproject.toml has -q, names a test as soon as it has failed
+    step "$1" "$2" "$PYTHON" -m pytest -vv -m gpu -k "$3" --continue-on-collection-errors "${parallel[@]}"
 }
 
 kernel_table() { # NAME SECONDS BATCH FLAG...
