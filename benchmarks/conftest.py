@@ -3,15 +3,14 @@
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from timing import Row, rows_of
+from timing import Row, provenance, rows_of
 
-from fastres.machine import commit, device_name, versions
+from fastres.machine import device_name
 from fastres.training.hardware import tune_libraries
 
 ROWS = pytest.StashKey[list[Row]]()
@@ -43,13 +42,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for line in tables(rows) if rows else ():
         terminalreporter.write_line(line)
     if rows and path:
-        where = {
-            "command": shlex.join(["python", "-m", "pytest", *config.invocation_params.args]),
-            "date": f"{datetime.now():%Y-%m-%d %H:%M}",
-            "machine": device_name(torch.device("cpu")),
-            "versions": versions(),
-            "commit": commit(),
-        }
+        where = provenance(shlex.join(["python", "-m", "pytest", *config.invocation_params.args]), "cpu")
         table = pd.DataFrame(rows).to_csv(index=False, float_format="%.6g")
         path.write_text(f"# {json.dumps(where)}\n{table}", encoding="utf-8")
 

@@ -75,8 +75,7 @@ def read_kernels(path: Path) -> Content:
         raise UserError(f"{path}: not readable as what kernel_table.py prints ({error})") from error
     return {
         "command": f"python benchmarks/{command}", "device": device, "versions": versions, "commit": commit,
-        "date": date, "step_ms": step, "idle": f", {idle[1]} ms of a profiled one between kernels" if idle else "",
-        "kinds": kinds,
+        "date": date, "step_ms": step, "idle_ms": idle and idle[1], "kinds": kinds,
     }  # fmt: skip
 
 
@@ -247,9 +246,8 @@ def kernel_tables(contents: list[Content]) -> str:
     newest = {(step["command"], step["device"]): step for step in contents if "kinds" in step}
     tables = []
     for step in newest.values():
-        caption = (
-            f"`{step['command']}`: {step['step_ms']} ms a step{step['idle']}; {step['device']}, {_provenance(step)}."
-        )
+        idle = f", {step['idle_ms']} ms of a profiled one between kernels" if step["idle_ms"] else ""
+        caption = f"`{step['command']}`: {step['step_ms']} ms a step{idle}; {step['device']}, {_provenance(step)}."
         rows = [[kind, us, f"{share} %", calls.removesuffix(".0")] for kind, us, share, calls in step["kinds"]]
         tables.append(f"{caption}\n\n{table(['kind of kernel', 'us a step', 'of all', 'kernels'], rows)}")
     return "\n\n".join(tables)

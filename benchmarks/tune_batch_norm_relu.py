@@ -12,16 +12,15 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import torch
+from timing import provenance
 
 from fastres.config import TrainConfig
 from fastres.data.datasets import synthetic
 from fastres.data.splits import Dataset
-from fastres.machine import commit, device_name, versions
 from fastres.ops.batch_norm_relu import launch
 from fastres.profiling.measure import RepeatedBatch, create_trainer, first_batch, interleave, train
 from fastres.training.hardware import resolve, tune_libraries
@@ -57,13 +56,7 @@ def main(path: Path) -> None:
     config, _ = resolve(TrainConfig(model="resnet50", batch_size=BATCH, fused=True, cuda_graphs=True), dataset)
     best = launch.TUNING
     steps = {best: step(best, config, dataset)}
-    where = {
-        "command": f"python benchmarks/tune_batch_norm_relu.py {path}",
-        "device": device_name(torch.device(config.device)),
-        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
-        "versions": versions(),
-        "commit": commit(),
-    }
+    where = provenance(f"python benchmarks/tune_batch_norm_relu.py {path}", config.device)
     with path.open("w", encoding="utf-8") as file:
         print(json.dumps(where), file=file)
         for name, values in CHOICES.items():
