@@ -78,11 +78,14 @@ def resnet18() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, len(CLASSES)))
 
 
-def train(model: nn.Module, lr: float, training: DataLoader, test: DataLoader) -> Iterator[tuple[float, float]]:
+def train(
+    model: nn.Module, lr: float, training: DataLoader, test: DataLoader, device: str
+) -> Iterator[tuple[float, float]]:
     """Yields each epoch's mean training loss and test accuracy, in percent."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    model.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     steps = EPOCHS * len(training)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -90,7 +93,7 @@ def train(model: nn.Module, lr: float, training: DataLoader, test: DataLoader) -
         model.train()
         losses = []
         for images, labels in training:
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -98,7 +101,7 @@ def train(model: nn.Module, lr: float, training: DataLoader, test: DataLoader) -
             losses.append(loss.item())
         model.eval()
         with torch.no_grad():
-            right = sum((model(images).argmax(1) == labels).sum().item() for images, labels in test)
+            right = sum((model(images.to(device)).argmax(1).cpu() == labels).sum().item() for images, labels in test)
         yield sum(losses) / len(losses), 100 * right / len(test.dataset)
 
 
@@ -107,6 +110,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     training = DataLoader(
         ThreeClasses(given.folder / "train", AUGMENT), BATCH, shuffle=True, drop_last=True, num_workers=1
@@ -119,7 +123,9 @@ def main() -> None:
             for create in (vgg16, resnet18):
                 torch.manual_seed(seed)
                 model = create()
-                for epoch, (loss, accuracy) in enumerate(train(model, LR[create.__name__], training, test), 1):
+                for epoch, (loss, accuracy) in enumerate(
+                    train(model, LR[create.__name__], training, test, given.device), 1
+                ):
                     writer.writerow([create.__name__, seed, epoch, loss, accuracy])
                     file.flush()
 

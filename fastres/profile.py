@@ -82,6 +82,9 @@ class ProfileConfig:
     seconds: float = flag(
         "Measurement", "time for the rounds; warm-up and loaders come on top", 80.0, interval="(0, inf)"
     )
+    rows: tuple[str, ...] = flag(
+        "Measurement", "comma-separated rows of the table that are measured beside eager and fastres; none: all", ()
+    )
     rounds: int = flag("Measurement", "rounds at most; each measures every row of the table", 5, interval="[1, inf)")
     trace: bool = flag("Measurement", "also write trace.json, a Chrome trace of two steps of fastres", False)
     output_dir: Path | None = flag("Output", "folder of the results; auto: runs/profile-MODEL-TIME", None)
@@ -165,7 +168,7 @@ def measure(
     images = steps_of_epoch * defaults.batch_size
     limit = steps_of_epoch * limit_seconds(step_kernels(shapes, defaults.batch_size, dtype), machine)
 
-    planned, left_out = plan_rows(config.compile, defaults)
+    planned, left_out = plan_rows(config.compile, defaults, config.rows)
     candidates = [
         Candidate(name, settings, create_trainer(settings, dataset, plain)) for name, settings, plain in planned
     ]
@@ -224,7 +227,9 @@ def measure(
     return result, candidates[-1]
 
 
-def plan_rows(compile: bool | None, defaults: TrainConfig) -> tuple[list[tuple[str, TrainConfig, bool]], list[str]]:
+def plan_rows(
+    compile: bool | None, defaults: TrainConfig, chosen: Sequence[str] = ()
+) -> tuple[list[tuple[str, TrainConfig, bool]], list[str]]:
     """Name, settings, and whether in a plain loop, of each row; and a line with the reason for each that is left out.
 
     The rows are eager PyTorch in a plain loop; the same with one thing more at a time; and in fastres' own loop torch's
@@ -253,11 +258,17 @@ def plan_rows(compile: bool | None, defaults: TrainConfig) -> tuple[list[tuple[s
     if compile_too and on_cuda:
         rival = replace(compiled, fused=False, compile_mode="max-autotune-no-coordinate-descent", cuda_graphs=False)
         strongest = replace(compiled, compile_mode="max-autotune-no-cudagraphs")
-        rows += [("max-autotune, no descent", rival, False), ("fastres, max-autotune", strongest, False)]
+        rows += [("max-autotune without descent", rival, False), ("fastres with max-autotune", strongest, False)]
     elif compile_too:
-        rows.append(("compile, not fused", replace(compiled, fused=False), False))
+        rows.append(("compile without fused operator", replace(compiled, fused=False), False))
     rows.append(("fastres", defaults, False))
-    return rows, left_out
+    names = [name for name, *_ in rows]
+    for name in chosen:
+        if name not in names:
+            raise UserError(f"--rows {name}: is not measured here; choose from {', '.join(names[1:-1])}")
+    measured = {"eager", "fastres", *(chosen or names)}
+    left_out += [f"{name} (not among --rows)" for name in names if name not in measured]
+    return [row for row in rows if row[0] in measured], left_out
 
 
 def row(candidate: Candidate, images: int, limit: float, eager: Candidate) -> dict[str, Any]:

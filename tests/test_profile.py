@@ -14,6 +14,7 @@ from torch import nn
 
 from fastres import profile
 from fastres.config import TrainConfig
+from fastres.errors import UserError
 from fastres.models import MODELS, create_model
 from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
 from fastres.profiling import roofline
@@ -222,10 +223,9 @@ def test_a_folder_that_holds_another_profile_is_left_as_it_is(files, message, co
 def test_the_rival_is_the_compiled_model_without_the_operator():
     defaults, dataset, _ = profile.prepare(profile.ProfileConfig(model="vgg11", images=20, batch_size=4, device="cpu"))
     rows, left_out = profile.plan_rows(True, defaults)
-    assert [name for name, *_ in rows][-3:] == ["+ compile", "compile, not fused", "fastres"]
-    assert rows[-2:] == [
-        ("compile, not fused", replace(defaults, fused=False, compile=True), False), ("fastres", defaults, False),
-    ]  # fmt: skip
+    assert [name for name, *_ in rows][-3:] == ["+ compile", "compile without fused operator", "fastres"]
+    rival = replace(defaults, fused=False, compile=True)
+    assert rows[-2:] == [("compile without fused operator", rival, False), ("fastres", defaults, False)]
     assert [plain for *_, plain in rows] == [True] * (len(rows) - 2) + [False, False]
     assert not any("compile" in line for line in left_out)
     for _, settings, plain in (rows[0], *rows[-2:]):
@@ -242,12 +242,21 @@ def test_on_a_gpu_the_rival_and_fastres_are_compiled_as_fast_as_can_be():
     *_, compiled, rival, strongest, fastres = rows
     assert compiled[:2] == ("+ compile", replace(defaults, compile=True, cuda_graphs=False))
     assert (rival[0], strongest[0], fastres) == (
-        "max-autotune, no descent", "fastres, max-autotune", ("fastres", defaults, False),
+        "max-autotune without descent", "fastres with max-autotune", ("fastres", defaults, False),
     )  # fmt: skip
     changes = {"compile": True, "compile_mode": "max-autotune-no-coordinate-descent", "cuda_graphs": False}
     assert rival[1] == replace(defaults, fused=False, **changes)
     assert strongest[1] == replace(defaults, compile=True, compile_mode="max-autotune-no-cudagraphs")
     assert [name for name, *_ in profile.plan_rows(False, defaults)[0]][-2:] == ["+ fused operator", "fastres"]
+
+
+def test_rows_are_chosen_by_name():
+    defaults, *_ = profile.prepare(profile.ProfileConfig(model="vgg11", images=20, batch_size=4, device="cpu"))
+    rows, left_out = profile.plan_rows(None, defaults, ("+ AMP",))
+    assert [name for name, *_ in rows] == ["eager", "+ AMP", "fastres"]
+    assert "+ channels-last (not among --rows)" in left_out
+    with pytest.raises(UserError, match=r"--rows \+ amp: is not measured here; choose from \+ channels-last, \+ AMP"):
+        profile.plan_rows(None, defaults, ("+ amp",))
 
 
 def test_without_its_kernels_the_operator_is_left_out(monkeypatch):
@@ -308,10 +317,10 @@ def measured(name, seconds, wait=0.0, **engine):
         (
             [
                 measured("eager", 3.0),
-                measured("max-autotune, no descent", 1.0, fused=False, compile=True, compile_mode="max-autotune"),
+                measured("max-autotune without descent", 1.0, fused=False, compile=True, compile_mode="max-autotune"),
                 measured("fastres", 2.0),
             ],
-            "max-autotune, no descent is 2.00x as fast .* train with --no-fused --compile --compile-mode max-autotune$",
+            "max-autotune without descent is 2.00x as fast .* with --no-fused --compile --compile-mode max-autotune$",
         ),
         ([measured("+ AMP", 1.98, fused=False), measured("fastres", 2.0)], "keep the defaults"),
         ([measured("+ fused operator", 1.5), measured("fastres", 2.0)], "keep the defaults: .* no other setting is"),

@@ -4,7 +4,7 @@ Modules have torchvision's names; of its state dicts only the shapes of ``conv1.
 section 4.2, for CIFAR-10, have three stages of 16, 32 and 64 channels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import nn
 from fastres.nn import SmallMapConv2d, has_hooks
 
 NormLayer = Callable[..., nn.BatchNorm2d]
-Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
+Output = torch.Tensor | Pair
 
 
 class BasicBlock(nn.Module):
@@ -82,19 +83,24 @@ def shortcut_of(option: str, in_channels: int, out_channels: int, stride: int, n
     )
 
 
-class Stage(nn.Sequential):
-    """Residual blocks of one resolution.
+def in_turn(modules: Iterable[nn.Module], x: torch.Tensor, shortcut: torch.Tensor) -> Pair:
+    """The output of blocks or stages, one after the other, for a branch and for a shortcut.
 
     While training, the fused norm that ends a block gives its output twice, for the next block's branch and shortcut,
     except where a hook is to see one tensor with its whole gradient.
     """
+    for module in modules:
+        output = module(x) if has_hooks(module) else module(x, shortcut)
+        x, shortcut = output if isinstance(output, tuple) else (output, output)
+    return x, shortcut
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x
-        for block in self:
-            output = block(x) if has_hooks(block) else block(x, shortcut)
-            x, shortcut = output if isinstance(output, tuple) else (output, output)
-        return x
+
+class Stage(nn.Sequential):
+    """Residual blocks of one resolution; given the input for a shortcut, too, it returns its output as they do."""
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> Output:
+        outputs = in_turn(self, x, x if shortcut is None else shortcut)
+        return outputs[0] if shortcut is None else outputs
 
 
 class ResNet(nn.Module):
@@ -128,8 +134,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.bn1(self.conv1(x))
-        for number in range(self.stages):
-            x = self.get_submodule(f"layer{number + 1}")(x)
+        x, _ = in_turn((self.get_submodule(f"layer{number + 1}") for number in range(self.stages)), x, x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
