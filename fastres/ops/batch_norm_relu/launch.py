@@ -28,7 +28,7 @@ class Tuning:
     programs: int = 132  # that reduce a tensor: one for each of an H100's multiprocessors
     num_warps: int = 4  # of two passes over a channels-last tensor; otherwise 8, or registers would be spilled
     stages: int = 3  # of the software pipeline of a reduction: tiles that are loaded or computed at the same time
-    overlap: bool = True  # a kernel is launched while the one before it ends, on GPUs that can
+    overlap: bool = False  # a kernel is launched while the one before it ends, on GPUs that can
     single_pass: int = 16384  # elements that one program holds at most
     single_pass_width: int = 16  # channels of them
 
