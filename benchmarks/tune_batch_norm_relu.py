@@ -27,10 +27,11 @@ from fastres.training.hardware import resolve, tune_libraries
 
 BATCH = int(os.environ.get("FASTRES_BENCHMARK_BATCH", "128"))
 CHOICES = {
-    "overlap": (False, True),
-    "stages": (3, 4, 6),
-    "programs": (132, 264),
-    "tile": (2048, 4096),
+    "num_warps": (4, 8),
+    "single_pass_width": (8, 16),
+    "programs": (132, 264, 528),
+    "width": (32, 64, 128),
+    "tile": (2048, 4096, 8192),
 }
 STEPS, ROUNDS = 20, 5
 

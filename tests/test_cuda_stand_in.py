@@ -55,6 +55,7 @@ def test_no_two_kernels_that_may_run_together_count_in_the_same_memory(log, monk
     )
     for name in ("_counters", "_graph_counters"):
         monkeypatch.setattr(launch, name, {})
+    monkeypatch.setattr(launch, "_lasting_zeros", lambda count, _: torch.zeros(count, dtype=torch.int32))
 
     def places(counts):
         tensors = [launch._arrivals(device, count) for count in counts]

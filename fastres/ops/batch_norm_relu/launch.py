@@ -3,6 +3,7 @@
 
 import functools
 import operator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,6 @@ class Tuning:
     width: int = 64  # channels of a tile, if channels-last
     programs: int = 132  # that reduce a tensor: one for each of an H100's multiprocessors
     num_warps: int = 4  # of two passes over a channels-last tensor; otherwise 8, or registers would be spilled
-    stages: int = 3  # of the software pipeline of a reduction: tiles that are loaded or computed at the same time
-    overlap: bool = False  # a kernel is launched while the one before it ends, on GPUs that can
     single_pass: int = 16384  # elements that one program holds at most
     single_pass_width: int = 16  # channels of them
 
@@ -82,9 +81,7 @@ class _Launcher:
         self.shape = self.rows, self.channels, self.rows // batch
         self.tiling = tiling(self.rows, self.channels, channels_last)
         accumulator = tl.float64 if dtype == torch.float64 else tl.float32
-        blocks = self.tiling.block_rows, self.tiling.block_channels
-        self.overlap = TUNING.overlap and can_overlap()
-        self.constants = channels_last, accumulator, *blocks, TUNING.stages, self.overlap
+        self.constants = channels_last, accumulator, self.tiling.block_rows, self.tiling.block_channels
         tiles = triton.cdiv(self.rows, self.tiling.block_rows)
         across = triton.cdiv(self.channels, self.tiling.block_channels)
         self.channel_grid = across, 1, 1
@@ -105,22 +102,13 @@ class _Launcher:
         key = kernel.fn, *flags, *map(DTYPE, tensors)  # a JITFunction is slow to hash
         found = self.compiled.get(key)
         if found is None or unaligned or knobs.launch_enter_hook.calls:
-            options = {"num_warps": self.tiling.num_warps, "launch_pdl": self.overlap}
-            compiled = kernel[grid](*tensors, *numbers, *flags, *self.constants, **options)
+            compiled = kernel[grid](*tensors, *numbers, *flags, *self.constants, num_warps=self.tiling.num_warps)
             if not unaligned and compiled is not None:  # the interpreter compiles nothing
                 self.compiled[key] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
         else:
             run, handles = found
             stream = driver.active.get_current_stream(self.device)
             run(*grid, stream, *handles, *pointers, *numbers, *flags, *self.constants)
-
-
-def can_overlap() -> bool:
-    """Whether a kernel can be launched while the one before it ends (programmatic dependent launch)."""
-    if knobs.interpret:
-        return False
-    target = driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90
 
 
 launcher = functools.lru_cache(maxsize=1024)(_Launcher)
@@ -142,8 +130,22 @@ def _arrivals(device: torch.device, count: int) -> Tensor:
         _graph_counters[device] = unused[count:]
         return unused[:count]
     if device.type == "cuda" and device not in _graph_counters:
-        _graph_counters[device] = torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=device)
+        _graph_counters[device] = _lasting_zeros(GRAPH_COUNTERS, device)
     key = device, driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
     if key not in _counters or len(_counters[key]) < count:
-        _counters[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        _counters[key] = _lasting_zeros(max(count, 4096), device)
     return _counters[key]
+
+
+def _lasting_zeros(count: int, device: torch.device) -> Tensor:
+    """int32 zeros, allocated by another thread: while torch.compile prepares a CUDA graph, the graph's pool takes back
+    what this one allocates."""
+
+    def allocate() -> Tensor:
+        zeros = torch.zeros(count, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # this thread's kernels are on another stream
+        return zeros
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(allocate).result()

@@ -20,14 +20,9 @@ from torch import Tensor
 from fastres.ops.batch_norm_relu.launch import WORD, launcher, mask_words
 from fastres.ops.batch_norm_relu.layout import dense, is_channels_last, new_statistics, statistics_dtype
 
-
-@triton.jit
-def _after_others(overlap: tl.constexpr, last: tl.constexpr):
-    """Waits for the kernel before, beside which this one was launched, and lets the next be launched unless `last`."""
-    if overlap:
-        tl.extra.cuda.gdc_wait()
-        if not last:
-            tl.extra.cuda.gdc_launch_dependents()
+# Software pipelining of a loop over tiles: two are being loaded while a third is computed. Without it a thread waits
+# for each 16 bytes, and all threads together keep half as many bytes in flight as an H100's memory needs.
+STAGES = tl.constexpr(3)
 
 
 @triton.jit
@@ -120,8 +115,7 @@ def _load_parts(parts, split, splits, channel, channels):
 
 @triton.jit
 def _store_statistics(
-    channel, valid, mean_c, var_c, old_mean, old_var,
-    mean, var, running_mean, running_var, num_batches, rows, momentum,
+    channel, valid, mean_c, var_c, mean, var, running_mean, running_var, num_batches, rows, momentum,
     has_running: tl.constexpr, has_counter: tl.constexpr,
 ):  # fmt: skip
     tl.store(mean + channel, mean_c, valid)
@@ -130,6 +124,8 @@ def _store_statistics(
         tl.store(num_batches, tl.load(num_batches) + 1)
     if has_running:
         momentum, rows = tl.full([1], momentum, mean_c.dtype), tl.full([1], rows, mean_c.dtype)
+        old_mean = tl.load(running_mean + channel, valid, other=0.0)
+        old_var = tl.load(running_var + channel, valid, other=0.0)
         new_mean = old_mean.to(mean_c.dtype) * (1 - momentum) + mean_c * momentum
         unbiased = var_c * (rows / (rows - 1))
         new_var = old_var.to(var_c.dtype) * (1 - momentum) + unbiased * momentum
@@ -143,19 +139,15 @@ def forward_once(
     rows, channels, plane, eps: tl.float64, momentum: tl.float64,
     has_residual: tl.constexpr, relu: tl.constexpr, has_running: tl.constexpr, has_counter: tl.constexpr,
     channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
-    stages: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     """y and all statistics of all rows of a block of channels; x is read once."""
-    _after_others(overlap, True)
     channel, valid_channel, valid, offsets = _tile(rows, channels, plane, channels_last, block_rows, block_channels)
     values = tl.load(x + offsets, valid, other=0.0).to(dtype)
     mean_c, deviation_c = _merged(valid.to(dtype), values, tl.zeros_like(values), rows)
     var_c = deviation_c / rows
-    old_mean = tl.load(running_mean + channel, valid_channel)
-    old_var = tl.load(running_var + channel, valid_channel)
     _store_statistics(
-        channel, valid_channel, mean_c, var_c, old_mean, old_var,
-        mean, var, running_mean, running_var, num_batches, rows, momentum, has_running, has_counter,
+        channel, valid_channel, mean_c, var_c, mean, var, running_mean, running_var, num_batches, rows, momentum,
+        has_running, has_counter,
     )  # fmt: skip
     invstd = 1 / tl.sqrt(var_c + tl.full([1], eps, dtype))
     scale = tl.load(weight + channel, valid_channel, other=0.0).to(dtype) * invstd
@@ -178,16 +170,13 @@ def _rows_of(split, splits, rows, block_rows: tl.constexpr):
 
 
 @triton.jit
-def _merged_moments(
-    means, deviations, splits, channel, rows, channels,
-    dtype: tl.constexpr, block_rows: tl.constexpr, stages: tl.constexpr,
-):  # fmt: skip
-    """Mean and biased variance of all rows from the moments of the splits."""
+def _merged_moments(means, deviations, splits, channel, rows, channels, dtype: tl.constexpr, block_rows: tl.constexpr):
+    """Mean, from the origin of those of the splits, and biased variance of all rows from the splits' moments."""
     first = tl.load(means + channel, channel < channels, other=0.0, cache_modifier=".cg")
     shift = tl.where(tl.abs(first) < float("inf"), first, 0.0)  # as in split_moments
     sums = tl.zeros([block_rows, channel.shape[0]], dtype)
     squares = tl.zeros([block_rows, channel.shape[0]], dtype)
-    for start in tl.range(0, splits, block_rows, num_stages=stages):
+    for start in tl.range(0, splits, block_rows, num_stages=STAGES):
         split = start + tl.arange(0, block_rows)
         count = _rows_of(split, splits, rows, block_rows).to(dtype)[:, None]
         shifted = _load_parts(means, split, splits, channel, channels) - shift[None, :]
@@ -208,17 +197,19 @@ def split_moments(
     rows, channels, plane, splits, split_tiles, momentum: tl.float64,
     has_running: tl.constexpr, has_counter: tl.constexpr,
     channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
-    stages: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of the rows of one split; from all splits, the statistics of the channels."""
-    _after_others(overlap, False)
     split = tl.program_id(1)
     channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
     valid_channel = channel < channels
+    # The splits' means are distances from the channel's last value: themselves, if large, they would lose digits.
+    last = _offsets(rows - 1 + tl.arange(0, 1), channel, plane, channels, channels_last)
+    origin = tl.load(x + last, valid_channel[None, :], other=0.0).to(dtype)
+    origin = tl.where(tl.abs(origin) < float("inf"), origin, 0.0)
     shift = tl.zeros([block_rows, block_channels], dtype)
     sums = tl.zeros([block_rows, block_channels], dtype)
     squares = tl.zeros([block_rows, block_channels], dtype)
-    for i in tl.range(0, split_tiles, num_stages=stages):
+    for i in tl.range(0, split_tiles, num_stages=STAGES):
         row = _tile_from_the_end(i * splits + split, rows, block_rows)
         valid = (row >= 0)[:, None] & valid_channel[None, :]
         values = tl.load(x + _offsets(row, channel, plane, channels, channels_last), valid, other=0.0).to(dtype)
@@ -233,17 +224,16 @@ def split_moments(
     total = tl.sum(count, 0).to(dtype)
     count = count.to(dtype)[:, None]
     mean_p = sums / tl.maximum(count, 1)
-    mean_c, deviation_c = _merged(count, shift + mean_p, squares - sums * mean_p, total)
+    mean_c, deviation_c = _merged(count, shift - origin + mean_p, squares - sums * mean_p, total)
     at = split * channels + channel
     tl.store(means + at, mean_c, valid_channel)
     tl.store(deviations + at, deviation_c, valid_channel)
-    old_mean = tl.load(running_mean + channel, valid_channel)  # while others finish
-    old_var = tl.load(running_var + channel, valid_channel)
     if _is_last(arrived, splits):
-        mean_c, var_c = _merged_moments(means, deviations, splits, channel, rows, channels, dtype, block_rows, stages)
+        mean_c, var_c = _merged_moments(means, deviations, splits, channel, rows, channels, dtype, block_rows)
+        mean_c += tl.sum(origin, 0)
         _store_statistics(
-            channel, valid_channel, mean_c, var_c, old_mean, old_var,
-            mean, var, running_mean, running_var, num_batches, rows, momentum, has_running, has_counter,
+            channel, valid_channel, mean_c, var_c, mean, var, running_mean, running_var, num_batches, rows, momentum,
+            has_running, has_counter,
         )  # fmt: skip
 
 
@@ -260,10 +250,8 @@ def normalize(
     x, residual, weight, bias, mean, var, y, mask, rows, channels, plane, eps: tl.float64,
     has_residual: tl.constexpr, relu: tl.constexpr, has_mask: tl.constexpr,
     channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
-    stages: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     """y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual) for a tile, and which of them are not 0."""
-    _after_others(overlap, True)
     channel, valid_channel, valid, offsets = _tile(rows, channels, plane, channels_last, block_rows, block_channels)
     values = tl.load(x + offsets, valid, other=0.0).to(dtype)
     mean_c, invstd, weight_c, bias_c = _affine(channel, valid_channel, weight, bias, mean, var, eps, dtype)
@@ -283,10 +271,8 @@ def backward_once(
     grad, twin_grad, x, y, weight, bias, mean, var, dx, dz, dweight, dbias, rows, channels, plane, eps: tl.float64,
     has_twin: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, training: tl.constexpr,
     channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
-    stages: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     """All gradients of all rows of a block of channels; the gradients, x and y are read once."""
-    _after_others(overlap, True)
     channel, valid_channel, valid, offsets = _tile(rows, channels, plane, channels_last, block_rows, block_channels)
     mean_c, invstd, weight_c, bias_c = _affine(channel, valid_channel, weight, bias, mean, var, eps, dtype)
     scale = weight_c * invstd
@@ -310,17 +296,15 @@ def split_sums(
     rows, channels, plane, splits, split_tiles, eps: tl.float64,
     has_twin: tl.constexpr, has_residual: tl.constexpr, relu: tl.constexpr, has_mask: tl.constexpr,
     channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
-    stages: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     """dz, and the gradients of weight and bias from the rows of one split; from all splits, those of all rows."""
-    _after_others(overlap, False)
     split = tl.program_id(1)
     channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
     valid_channel = channel < channels
     mean_c, invstd, weight_c, bias_c = _affine(channel, valid_channel, weight, bias, mean, var, eps, dtype)
     sums = tl.zeros([block_rows, block_channels], dtype)
     products = tl.zeros([block_rows, block_channels], dtype)
-    for i in tl.range(0, split_tiles, num_stages=stages):
+    for i in tl.range(0, split_tiles, num_stages=STAGES):
         row = _tile_from_the_end(i * splits + split, rows, block_rows)
         valid = (row >= 0)[:, None] & valid_channel[None, :]
         offsets = _offsets(row, channel, plane, channels, channels_last)
@@ -343,9 +327,10 @@ def split_sums(
     if _is_last(arrived, splits):
         sums = tl.zeros([block_rows, block_channels], dtype)
         products = tl.zeros([block_rows, block_channels], dtype)
-        for start in tl.range(0, splits, block_rows, num_stages=stages):
-            sums += _load_parts(dbiases, start + tl.arange(0, block_rows), splits, channel, channels)
-            products += _load_parts(dweights, start + tl.arange(0, block_rows), splits, channel, channels)
+        for start in tl.range(0, splits, block_rows, num_stages=STAGES):
+            part = start + tl.arange(0, block_rows)
+            sums += _load_parts(dbiases, part, splits, channel, channels)
+            products += _load_parts(dweights, part, splits, channel, channels)
         tl.store(dbias + channel, tl.sum(sums, 0), valid_channel)
         tl.store(dweight + channel, tl.sum(products, 0), valid_channel)
 
@@ -355,10 +340,8 @@ def input_gradient(
     grad, x, weight, bias, mean, var, dweight, dbias, dx, rows, channels, plane, eps: tl.float64,
     relu: tl.constexpr, training: tl.constexpr,
     channels_last: tl.constexpr, dtype: tl.constexpr, block_rows: tl.constexpr, block_channels: tl.constexpr,
-    stages: tl.constexpr, overlap: tl.constexpr,
 ):  # fmt: skip
     """dx = scale * (dz - (dbias + (x - mean) * invstd * dweight) / rows); in evaluation dx = scale * dz."""
-    _after_others(overlap, True)
     channel, valid_channel, valid, offsets = _tile(rows, channels, plane, channels_last, block_rows, block_channels)
     mean_c, invstd, weight_c, bias_c = _affine(channel, valid_channel, weight, bias, mean, var, eps, dtype)
     scale = weight_c * invstd
