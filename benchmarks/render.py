@@ -22,7 +22,7 @@ from recipes import Content, Steps, draw, reached
 from fastres.errors import UserError
 from fastres.files import read_json
 from fastres.report.page import as_markdown, table, table_of
-from fastres.report.results import Estimate, one_of_each_model, read_results
+from fastres.report.results import Estimate, read_results
 from fastres.report.study import claims, scale_line
 
 PICTURE = "docs/recipes.png"
@@ -254,11 +254,10 @@ def kernel_tables(contents: list[Content]) -> str:
 
 
 def study_table(contents: list[Content]) -> str:
-    """The runs of all studies beside the published figures, and what an epoch costs against eager PyTorch."""
+    """The runs of all studies beside the published figures."""
     rows, captions = [], []
     for study in sorted((content for content in contents if "study" in content), key=lambda study: study["study"]):
         results = read_results(study["folder"], study)
-        compared = one_of_each_model(results)  # the one that eager PyTorch trained, too
         for result in results:
             published = result.published.get("best_accuracy")
             rows.append(
@@ -267,8 +266,6 @@ def study_table(contents: list[Content]) -> str:
                     f"{published:.2f}" if published else "",
                     *(result.estimate(metric).text() for metric in ("best_accuracy", "last_accuracy")),
                     f"{result.means.get('epochs_work', result.means['epochs']):.2f}",
-                    result.estimate("epoch_seconds").text(1),
-                    f"{result.times_eager:.1f}" if result.eager and result in compared else "",
                 ]
             )
         summary, runs = results[0].summaries[0], [run for result in results for run in result.summaries]
@@ -277,20 +274,20 @@ def study_table(contents: list[Content]) -> str:
             f"`{study['study']}`: {as_markdown(scale_line(study))}; {summary['train_images']:,} training images; seeds "
             f"{', '.join(str(run['seed']) for run in results[0].summaries)}; {'; '.join(measured)}."
         )
-    head = ["run", "published best, %", "best, %", "last, %", "epochs' work", "s/epoch", "x eager"]
+    head = ["run", "published best, %", "best, %", "last, %", "epochs' work"]
     return "\n\n".join([table(head, rows), "\n".join(f"* {caption}" for caption in captions)])
 
 
 def claims_table(contents: list[Content]) -> str:
-    """Every published figure that the kept studies can be compared with, and whether they agree."""
-    studies = sorted((content for content in contents if "study" in content), key=lambda study: study["study"])
-    return table_of(
-        [
-            {"study": f"`{study['study']}`", **row}
-            for study in studies
-            for row in claims(study, read_results(study["folder"], study))
-        ]
-    )
+    """Every published figure that the kept studies can be compared with, and whether they agree; once, where a study
+    includes the runs of another."""
+    studies = sorted((content for content in contents if "study" in content), key=lambda one: len(one["runs"]))
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for study in studies:
+        for row in claims(study, read_results(study["folder"], study)):
+            figure = row["figure"].rpartition(": ")[2]
+            rows.setdefault((figure, row["published"], row["ours"], row["n"]), {"study": f"`{study['study']}`", **row})
+    return table_of(sorted(rows.values(), key=lambda row: row["study"]))
 
 
 TABLES: dict[str, Callable[[list[Content]], str]] = {

@@ -612,7 +612,9 @@ def test_plain_pytorch_trains_as_the_study_of_its_settings_does(name, rng):
             mine.data.copy_(theirs)
 
     batches = Batches(batch, 2, take_over)
-    for number, (loss, _) in enumerate(plain_pytorch.train(plain, plain_pytorch.LR[name], batches, Batches(batch, 1))):
+    for number, (loss, _) in enumerate(
+        plain_pytorch.train(plain, plain_pytorch.LR[name], batches, Batches(batch, 1), "cpu")
+    ):
         epoch = train(trainer, RepeatedBatch(batch, 2), number)
         assert epoch.loss_sum.item() / epoch.images == pytest.approx(loss, rel=1e-3)
     for mine, theirs in zip(trainer.model.parameters(), plain.parameters(), strict=True):

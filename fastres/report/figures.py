@@ -27,15 +27,19 @@ NOTE: dict[str, Any] = {"fontsize": "small", "color": "0.4"}
 
 
 @styled
-def draw_figures(folder: Path, chosen: list[dict[str, Any]], results: list[Results], note: str) -> dict[str, str]:
+def draw_figures(
+    folder: Path, chosen: list[dict[str, Any]], results: list[Results], note: str, timed: bool
+) -> dict[str, str]:
     """Draws all figures of a study to ``folder``, and returns their titles by path in the report.
 
-    ``chosen`` names the titles and runs of the curves; without any, one figure shows all runs.
+    ``chosen`` names the titles and runs of the curves; without any, one figure shows all runs. ``timed``: accuracy
+    against seconds, too.
     """
     by_name = {result.name: result for result in results}
     chosen = chosen or [{"title": CURVES, "runs": list(by_name)}]
     drawn = [(figure["title"], curves([by_name[name] for name in figure["runs"]], note)) for figure in chosen]
-    drawn.append(("Accuracy against seconds of training", pareto(results, note)))
+    if timed:
+        drawn.append(("Accuracy against seconds of training", pareto(results, note)))
     selected = results[0].summaries[0].get("select", "best")
     drawn.append((f"Confusion of the {selected} epoch", confusion(results, note)))
     return save_figures(folder, drawn)

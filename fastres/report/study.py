@@ -60,13 +60,14 @@ def write_report(folder: Path, price_per_hour: float = 0.0) -> Path:
     study = decoded(read_json(folder / "study.json"))
     results = read_results(folder, study)
     scale = scale_line(study)
-    figures = draw_figures(folder / "figures", study["figures"], results, scale)
+    figures = draw_figures(folder / "figures", study["figures"], results, scale, timed(study))
     content = report(study, results, figures, price_per_hour)
     return write_page(folder, "report", study["title"], scale, content, figures)
 
 
 def report(study: dict[str, Any], results: list[Results], figures: dict[str, str], price_per_hour: float) -> str:
-    """The report as Markdown. ``figures`` are titles by path: curves against epoch, then Pareto front and confusion."""
+    """The report as Markdown. ``figures`` are titles by path: curves against epoch, then Pareto front, unless seconds
+    are left out, and confusion."""
     compared = compared_with_the_first(study, results)
     summaries = [summary for result in results for summary in result.summaries]
     return fill(
@@ -74,7 +75,8 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         study=study,
         scale=scale_line(study),
         results=results,
-        models=one_of_each_model(results),
+        timed=timed(study),
+        models=one_of_each_model(results) if timed(study) else [],
         runs={result.name: result for result in results},
         compared=compared,
         ranked=len(compared) > 2
@@ -83,7 +85,7 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         versions=dict.fromkeys(f"{name} {number}" for one in summaries for name, number in one["versions"].items()),
         figures=list(figures.items()),
         noise={metric: max(values) - min(values) for metric, values in study.get("repeated", {}).items()},
-        accuracy_table=accuracy_table(results),
+        accuracy_table=accuracy_table(study, results),
         claims_table=table_of(rows) if (rows := claims(study, results)) else "",
         departures=departures(study) if any(set(CLAIMED) & result.published.keys() for result in results) else "",
         phase_table=phase_table(study, results),
@@ -92,7 +94,7 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         cost_table=cost_table(results),
         time_table=time_table(results, price_per_hour),
         phases_table=phases_table(results),
-        first_to={target: first_to(results, target) for target in TARGETS},
+        first_to={target: first_to(results, target) for target in TARGETS} if timed(study) else {},
         decisions=map(decision_line, decisions(results, study["decide"])) if study.get("decide") else (),
         growth=growth,
         verdict=verdict,
@@ -104,6 +106,11 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         Estimate=Estimate,
         rate=rate,
     )
+
+
+def timed(study: dict[str, Any]) -> bool:
+    """Whether the seconds of the runs are their own: no other work shared the machine."""
+    return study.get("report_seconds", True)
 
 
 def compared_with_the_first(study: dict[str, Any], results: list[Results]) -> list[Results]:
@@ -184,13 +191,13 @@ def decision_line(decision: Decision) -> str:
     return f"{decision.other} minus {decision.first}: {found} points after {after}: {decision.verdict}"
 
 
-def accuracy_table(results: list[Results]) -> str:
-    rows = []
+def accuracy_table(study: dict[str, Any], results: list[Results]) -> str:
+    rows, metrics = [], {name: metric for name, metric in METRICS.items() if timed(study) or name != "epoch_seconds"}
     for result in results:
-        measured = {metric.title: result.estimate(name).text(metric.digits) for name, metric in METRICS.items()}
+        measured = {metric.title: result.estimate(name).text(metric.digits) for name, metric in metrics.items()}
         rows.append({"run": f"**{as_markdown(result.label)}**"} | measured)
         if result.published:
-            figures = ((METRICS[name], figure) for name, figure in result.published.items())
+            figures = ((metric, result.published[name]) for name, metric in metrics.items() if name in result.published)
             rows.append({"run": "*published*"} | {metric.title: f"{x:,.{metric.digits}f}" for metric, x in figures})
     return table_of(rows)
 
@@ -276,8 +283,9 @@ def tricks_table(study: dict[str, Any], results: list[Results]) -> str:
         ):
             more, less = runs[item[with_it]], runs[item[without_it]]
             row[f"{words}: points"] = more.minus(less, "last_accuracy").text()
-            for metric, title in (("epochs_work", "epochs' work"), ("train_seconds", "seconds")):
-                row[f"{words}: {title}"] = more.minus(less, metric).text()
+            row[f"{words}: epochs' work"] = more.minus(less, "epochs_work").text()
+            if timed(study):
+                row[f"{words}: seconds"] = more.minus(less, "train_seconds").text()
         rows.append(row)
     return table_of(rows) if rows else ""
 

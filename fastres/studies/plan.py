@@ -43,6 +43,9 @@ class StudyConfig:
     eager_cost: bool = flag(
         "Study", f"also train {EAGER_EPOCHS} epochs of each model in eager PyTorch, to compare", True
     )
+    report_seconds: bool = flag(
+        "Study", "of training, in the report; --no-report-seconds where other work shares the machine", True
+    )
     price_per_hour: float = flag(
         "Study", "of the machine, in any currency, for the cost of each run; 0: not shown", 0.0, interval="[0, inf)"
     )

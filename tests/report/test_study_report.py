@@ -187,6 +187,16 @@ def test_cost_beside_eager_and_published(report_of):
     assert "| **ResNet-50** | 31.5 ± 6.4 | 40.5 ± 6.4 | not reached | 54.0 ± 0.0 | 1.5000 |" in report
 
 
+def test_seconds_of_a_shared_machine_are_left_out(report_of, tmp_path):
+    report = report_of(report_seconds=False)
+    assert "| **VGG-16** | 94.00 ± 1.41 |" in report
+    assert "| *published* | 94.17 |" in report
+    assert "Other work shared the machine" in report
+    for words in ("s/epoch", "images/s", "times as long", "first by", "against seconds"):
+        assert words not in report
+    assert not (tmp_path / "figures/accuracy-against-seconds-of-training.png").exists()
+
+
 def test_findings_are_computed(report_of):
     report = report_of()
     for line in (
