@@ -10,6 +10,7 @@ for each model, seed and epoch. For fastres the same settings are those of parit
 
 import argparse
 import csv
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,13 +113,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
+    device = torch.cuda.get_device_name() if given.device == "cuda" else platform.machine()
     training = DataLoader(
         ThreeClasses(given.folder / "train", AUGMENT), BATCH, shuffle=True, drop_last=True, num_workers=1
     )
     test = DataLoader(ThreeClasses(given.folder / "test", PLAIN), 250, num_workers=1)
     with given.file.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["model", "seed", "epoch", "train_loss", "test_accuracy"])
+        writer.writerow(["model", "seed", "epoch", "train_loss", "test_accuracy", "device", "torch"])
         for seed in given.seeds:
             for create in (vgg16, resnet18):
                 torch.manual_seed(seed)
@@ -126,7 +128,7 @@ def main() -> None:
                 for epoch, (loss, accuracy) in enumerate(
                     train(model, LR[create.__name__], training, test, given.device), 1
                 ):
-                    writer.writerow([create.__name__, seed, epoch, loss, accuracy])
+                    writer.writerow([create.__name__, seed, epoch, loss, accuracy, device, torch.__version__])
                     file.flush()
 
 

@@ -23,6 +23,7 @@ from fastres.errors import UserError
 from fastres.files import read_json
 from fastres.report.page import as_markdown, table, table_of
 from fastres.report.results import Estimate, read_results
+from fastres.report.statistics import difference
 from fastres.report.study import claims, scale_line
 
 PICTURE = "docs/recipes.png"
@@ -278,6 +279,33 @@ def study_table(contents: list[Content]) -> str:
     return "\n\n".join([table(head, rows), "\n".join(f"* {caption}" for caption in captions)])
 
 
+def parity_table(contents: list[Content]) -> str:
+    """The study of parity.toml beside plain_pytorch.csv in its folder: losses and accuracies after each epoch. A seed
+    draws other numbers there, so runs are not paired."""
+    (study,) = (content for content in contents if content.get("study") == "parity")
+    plain, rows = pd.read_csv(study["folder"] / "plain_pytorch.csv"), []
+    results = read_results(study["folder"], study)
+    for result in results:
+        theirs = plain[plain.model == result.model].pivot(index="epoch", columns="seed")
+        for epoch, ours in enumerate(result.history.to_dict("records"), 1):
+            rows.append([f"`{result.model}`", str(epoch)])
+            for name, digits in (("train_loss", 3), ("test_accuracy", 2)):
+                one = pd.Series({seed: value for (column, seed), value in ours.items() if column == name})
+                other = theirs[name].loc[epoch].add_prefix("plain ")
+                rows[-1] += [
+                    Estimate.of(other).text(digits), Estimate.of(one).text(digits), difference(one, other).text(digits)
+                ]  # fmt: skip
+    first = results[0].summaries[0]
+    measured = _provenance({**first, "date": study["date"]})
+    caption = (
+        f"{len(results[0].summaries)} seeds of fastres ({first['device']}, amp {first['amp']}, {measured}) and "
+        f"{plain.seed.nunique()} of plain PyTorch ({plain.device[0]}, float32, torch {plain.torch[0]})."
+    )
+    sides = ["plain PyTorch", "fastres", "difference"]
+    head = ["model", "epoch", *(f"loss: {side}" for side in sides), *(f"accuracy, %: {side}" for side in sides)]
+    return f"{table(head, rows)}\n\n{caption}"
+
+
 def claims_table(contents: list[Content]) -> str:
     """Every published figure that the kept studies can be compared with, and whether they agree; once, where a study
     includes the runs of another."""
@@ -302,6 +330,7 @@ TABLES: dict[str, Callable[[list[Content]], str]] = {
     "convolutions": convolution_tables,
     "kernels": kernel_tables,
     "studies": study_table,
+    "parity": parity_table,
     "claims": claims_table,
 }
 

@@ -7,7 +7,7 @@
 #
 #   correctness   the operator's kernels are compiled in parallel; then the doctor's checks and the tests that need a GPU
 #   kernels       kernel tables of ResNet-50 at batch 128 and 512, and its step under other tunings of the operator
-#   rival         the same of torch.compile with max-autotune and CUDA graphs, and of fastres compiled like it
+#   rival         eager, fastres, and torch.compile with max-autotune and CUDA graphs; the step of fastres compiled so
 #   train         ResNet-18 to its target accuracy
 #   profile       the profile of ResNet-50, without its compiled rows, which take minutes
 #   loaders       images a second of both loaders; left out without DALI
@@ -49,6 +49,7 @@ mkdir -p "$RESULTS"
 models=(resnet50 resnet18 vgg16 vgg19_bn_4096)
 batches=(128 512)
 sizes=(--seconds 20)
+rival="max-autotune without descent"
 training=(--dataset digits --epochs 8 --target-accuracy "${TARGET:-95}")
 shapes="64x32x32 or 256x32x32 or 512x16x16 or 2048x4x4"
 quick=
@@ -59,6 +60,7 @@ if [[ ${QUICK:-} ]]; then
     models=(vgg11 vgg13)
     batches=(8)
     sizes=(--seconds 1 --images 64 --rounds 1)
+    rival="+ channels-last"
     training=(--dataset digits --epochs 1 --train-fraction 0.1)
     shapes="2048x4x4 and forward and plain"
     export FASTRES_BENCHMARK_BATCH=2
@@ -116,6 +118,7 @@ benchmark() { # NAME SECONDS FILE...
 profile() { # MODEL SECONDS BATCH FLAG...
     local name=profile-$1-$3
     [[ " $* " == *" --compile "* ]] && name+=-compiled
+    [[ " $* " == *" --rows "* ]] && name+=-rival
     step "$name" "$2" "$PYTHON" -m fastres.profile --model "$1" --batch-size "$3" "${sizes[@]}" "${@:4}" \
         --output-dir "$RESULTS/$name"
 }
@@ -136,7 +139,8 @@ stage_kernels() {
 }
 
 stage_rival() {
-    kernel_table rival 240 "${batches[0]}" --no-fused --compile --compile-mode max-autotune-no-coordinate-descent
+    # it tries the variants of each convolution for minutes; a second call on the same machine goes on with the rest
+    profile "${models[0]}" 540 "${batches[0]}" --rows "$rival"
     # the rival's choice of convolutions under our operator, in our graph of the whole step
     kernel_table compiled 240 "${batches[0]}" --compile --compile-mode max-autotune-no-cudagraphs
 }

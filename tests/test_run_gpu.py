@@ -51,7 +51,7 @@ def test_the_gpu_script_goes_on_after_a_failure_and_packs_all_results(run_gpu, t
         "gpu-tests: exit code 0",
         "kernels-fastres-8: exit code 3",
         "tunings: exit code 0",
-        "kernels-rival-8: exit code 3",
+        "profile-vgg11-8-rival: exit code 3",
         "kernels-compiled-8: exit code 3",
         "train-vgg13: exit code 0",
         "profile-vgg11-8: exit code 3",
