@@ -240,8 +240,9 @@ class SmallMapConv2d(nn.Conv2d):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks that are called with the output of `module`, or its gradient, have been registered on it."""
-    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+    """Whether hooks that are called with inputs or outputs of `module`, or their gradients, are registered on it."""
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return any(hooks)
 
 
 def fx_node(module: nn.Module, x: Proxy, *args: object) -> Any:

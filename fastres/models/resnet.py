@@ -14,8 +14,12 @@ from torch import nn
 from fastres.nn import SmallMapConv2d, has_hooks
 
 NormLayer = Callable[..., nn.BatchNorm2d]
-Pair = tuple[torch.Tensor, torch.Tensor]
-Output = torch.Tensor | Pair
+OneOrTwo = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def twice(x: OneOrTwo) -> tuple[torch.Tensor, torch.Tensor]:
+    """A block's input for its branch and for its shortcut."""
+    return x if isinstance(x, tuple) else (x, x)
 
 
 class BasicBlock(nn.Module):
@@ -31,10 +35,10 @@ class BasicBlock(nn.Module):
         self.bn2 = norm_layer(channels)
         self.downsample = shortcut_of(option, in_channels, channels, stride, norm_layer)
 
-    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> Output:
-        out = self.bn1(self.conv1(x))
-        residual = self.downsample(x if shortcut is None else shortcut)
-        return self.bn2(self.conv2(out), residual=residual, twin=shortcut is not None)
+    def forward(self, x: OneOrTwo) -> OneOrTwo:
+        branch, shortcut = twice(x)
+        out = self.bn1(self.conv1(branch))
+        return self.bn2(self.conv2(out), residual=self.downsample(shortcut), twin=isinstance(x, tuple))
 
 
 class Bottleneck(nn.Module):
@@ -53,11 +57,11 @@ class Bottleneck(nn.Module):
         self.bn3 = norm_layer(out_channels)
         self.downsample = shortcut_of(option, in_channels, out_channels, stride, norm_layer)
 
-    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> Output:
-        out = self.bn1(self.conv1(x))
+    def forward(self, x: OneOrTwo) -> OneOrTwo:
+        branch, shortcut = twice(x)
+        out = self.bn1(self.conv1(branch))
         out = self.bn2(self.conv2(out))
-        residual = self.downsample(x if shortcut is None else shortcut)
-        return self.bn3(self.conv3(out), residual=residual, twin=shortcut is not None)
+        return self.bn3(self.conv3(out), residual=self.downsample(shortcut), twin=isinstance(x, tuple))
 
 
 class PaddedShortcut(nn.Module):
@@ -83,24 +87,24 @@ def shortcut_of(option: str, in_channels: int, out_channels: int, stride: int, n
     )
 
 
-def in_turn(modules: Iterable[nn.Module], x: torch.Tensor, shortcut: torch.Tensor) -> Pair:
-    """The output of blocks or stages, one after the other, for a branch and for a shortcut.
+class Stage(nn.Sequential):
+    """Residual blocks of one resolution."""
 
-    While training, the fused norm that ends a block gives its output twice, for the next block's branch and shortcut,
-    except where a hook is to see one tensor with its whole gradient.
+    def forward(self, x: OneOrTwo) -> OneOrTwo:
+        output = in_turn(self, x)
+        return output if isinstance(x, tuple) else twice(output)[0]
+
+
+def in_turn(modules: Iterable[nn.Module], x: OneOrTwo) -> OneOrTwo:
+    """Runs stages or blocks one after another.
+
+    While training, the fused norm that ends a block gives its output twice, for the next block's branch and shortcut.
+    Modules of another kind get it once, and so do those with hooks, which are to see one tensor and its whole gradient.
     """
     for module in modules:
-        output = module(x) if has_hooks(module) else module(x, shortcut)
-        x, shortcut = output if isinstance(output, tuple) else (output, output)
-    return x, shortcut
-
-
-class Stage(nn.Sequential):
-    """Residual blocks of one resolution; given the input for a shortcut, too, it returns its output as they do."""
-
-    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None) -> Output:
-        outputs = in_turn(self, x, x if shortcut is None else shortcut)
-        return outputs[0] if shortcut is None else outputs
+        once = not isinstance(module, Stage | BasicBlock | Bottleneck) or has_hooks(module)
+        x = module(twice(x)[0] if once else twice(x))
+    return x
 
 
 class ResNet(nn.Module):
@@ -134,7 +138,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.bn1(self.conv1(x))
-        x, _ = in_turn((self.get_submodule(f"layer{number + 1}") for number in range(self.stages)), x, x)
+        x, _ = twice(in_turn((self.get_submodule(f"layer{number + 1}") for number in range(self.stages)), x))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 

@@ -291,3 +291,40 @@ def test_3x3_convolutions_begin_as_the_identity(name):
             kept = module.weight[channels:]
         assert torch.equal(kept, plain[path].weight[module.out_channels - len(kept) :])
     assert found == {"vgg16": 12, "resnet18": 13, "resnet50": 13}[name]
+
+
+def resnets():
+    """The same small ResNet with the fused operator and in eager PyTorch."""
+    torch.manual_seed(0)
+    fused, eager = (create_model("resnet20_b", 4, fused=fused) for fused in (True, False))
+    eager.load_state_dict(fused.state_dict())
+    return fused, eager
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks_and_stages_can_be_replaced(training):
+    x, outputs = torch.randn(4, 3, 8, 8), []
+    for model in resnets():
+        model.train(training).layer2[1] = nn.Identity()
+        model.layer1 = nn.Sequential(model.layer1, nn.Dropout(0.0))
+        outputs.append(model(x))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["layer2", "layer2.0", "layer2.1"])
+def test_parts_are_traced_by_fx(name):
+    part = resnets()[0].get_submodule(name)
+    x = torch.randn(4, 16 if name == "layer2" or name.endswith("0") else 32, 8, 8)
+    torch.testing.assert_close(torch.fx.symbolic_trace(part)(x), part(x))
+
+
+@pytest.mark.parametrize("name", ["layer1", "layer2.0", "layer3"])
+def test_hooks_see_one_tensor_and_its_whole_gradient(name):
+    x, seen = torch.randn(4, 3, 8, 8), []
+    for model in resnets():
+        part = model.get_submodule(name)
+        part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        part.register_full_backward_hook(lambda _, inputs, outputs: seen.extend((*inputs, *outputs)))
+        model(x).square().sum().backward()
+    for fused, eager in zip(seen[:3], seen[3:], strict=True):
+        torch.testing.assert_close(fused, eager, rtol=1e-3, atol=1e-3)
