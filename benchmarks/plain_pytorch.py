@@ -113,7 +113,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
-    device = torch.cuda.get_device_name() if given.device == "cuda" else platform.machine()
+    on_gpu = torch.device(given.device).type == "cuda"
+    device = torch.cuda.get_device_name(given.device) if on_gpu else platform.machine()
     training = DataLoader(
         ThreeClasses(given.folder / "train", AUGMENT), BATCH, shuffle=True, drop_last=True, num_workers=1
     )

@@ -270,10 +270,11 @@ def study_table(contents: list[Content]) -> str:
                 ]
             )
         summary, runs = results[0].summaries[0], [run for result in results for run in result.summaries]
-        measured = {f"{run['device']}, {_provenance({**run, 'date': study['date']})}": None for run in runs}
+        measured = {f"{run['device']}, {_provenance(run)}": None for run in runs}
+        seeds = {", ".join(str(run["seed"]) for run in result.summaries): None for result in results}
         captions.append(
             f"`{study['study']}`: {as_markdown(scale_line(study))}; {summary['train_images']:,} training images; seeds "
-            f"{', '.join(str(run['seed']) for run in results[0].summaries)}; {'; '.join(measured)}."
+            f"{' or '.join(seeds)}; {'; '.join(measured)}."
         )
     head = ["run", "published best, %", "best, %", "last, %", "epochs' work"]
     return "\n\n".join([table(head, rows), "\n".join(f"* {caption}" for caption in captions)])
@@ -282,7 +283,9 @@ def study_table(contents: list[Content]) -> str:
 def parity_table(contents: list[Content]) -> str:
     """The study of parity.toml beside plain_pytorch.csv in its folder: losses and accuracies after each epoch. A seed
     draws other numbers there, so runs are not paired."""
-    (study,) = (content for content in contents if content.get("study") == "parity")
+    study = next((content for content in reversed(contents) if content.get("study") == "parity"), None)
+    if not study:
+        raise UserError("results:parity: no study of benchmarks/parity.toml is kept")
     plain, rows = pd.read_csv(study["folder"] / "plain_pytorch.csv"), []
     results = read_results(study["folder"], study)
     for result in results:
@@ -296,10 +299,9 @@ def parity_table(contents: list[Content]) -> str:
                     Estimate.of(other).text(digits), Estimate.of(one).text(digits), difference(one, other).text(digits)
                 ]  # fmt: skip
     first = results[0].summaries[0]
-    measured = _provenance({**first, "date": study["date"]})
     caption = (
-        f"{len(results[0].summaries)} seeds of fastres ({first['device']}, amp {first['amp']}, {measured}) and "
-        f"{plain.seed.nunique()} of plain PyTorch ({plain.device[0]}, float32, torch {plain.torch[0]})."
+        f"fastres: {len(results[0].summaries)} seeds, {first['device']}, amp {first['amp']}, {_provenance(first)}; "
+        f"plain PyTorch: {plain.seed.nunique()} seeds, {plain.device[0]}, float32, torch {plain.torch[0]}."
     )
     sides = ["plain PyTorch", "fastres", "difference"]
     head = ["model", "epoch", *(f"loss: {side}" for side in sides), *(f"accuracy, %: {side}" for side in sides)]
@@ -307,15 +309,21 @@ def parity_table(contents: list[Content]) -> str:
 
 
 def claims_table(contents: list[Content]) -> str:
-    """Every published figure that the kept studies can be compared with, and whether they agree; once, where a study
-    includes the runs of another."""
-    studies = sorted((content for content in contents if "study" in content), key=lambda one: len(one["runs"]))
-    rows: dict[tuple[str, ...], dict[str, str]] = {}
-    for study in studies:
-        for row in claims(study, read_results(study["folder"], study)):
-            figure = row["figure"].rpartition(": ")[2]
-            rows.setdefault((figure, row["published"], row["ours"], row["n"]), {"study": f"`{study['study']}`", **row})
-    return table_of(sorted(rows.values(), key=lambda row: row["study"]))
+    """Every published figure that the kept studies can be compared with, and whether they agree; those of runs that a
+    larger study shares are in the smaller one's rows."""
+    rows: list[dict[str, str]] = []
+    judged: set[tuple[str, ...]] = set()
+    for study in sorted((content for content in contents if "study" in content), key=lambda one: len(one["runs"])):
+        results = read_results(study["folder"], study)
+        runs = {as_markdown(result.label): result.summaries for result in results}
+        for row in claims(study, results):
+            labels, _, figure = row["figure"].rpartition(": ")
+            summaries = [summary for label in labels.split(" minus ") for summary in runs[label]]
+            keys = {(figure, row["published"], one["model"], str(one["seed"]), one["date"]) for one in summaries}
+            if not keys <= judged:
+                rows.append({"study": f"`{study['study']}`", **row})
+            judged |= keys
+    return table_of(sorted(rows, key=lambda row: row["study"]))
 
 
 TABLES: dict[str, Callable[[list[Content]], str]] = {

@@ -7,7 +7,7 @@
 #
 #   correctness   the operator's kernels are compiled in parallel; then the doctor's checks and the tests that need a GPU
 #   kernels       kernel tables of ResNet-50 at batch 128 and 512, and its step under other tunings of the operator
-#   rival         eager, fastres, and torch.compile with max-autotune and CUDA graphs; the step of fastres compiled so
+#   rival         eager, fastres, and torch.compile with max-autotune and CUDA graphs; fastres' step with max-autotune
 #   train         ResNet-18 to its target accuracy
 #   profile       the profile of ResNet-50, without its compiled rows, which take minutes
 #   loaders       images a second of both loaders; left out without DALI
@@ -163,7 +163,7 @@ stage_loaders() {
 
 study() { # NAME FLAG...
     step "study-$1" 500 "$PYTHON" -m fastres.study "$1" --dataset folder --data-dir "$DATA" --workers 3 --no-eager-cost \
-        "${scale[@]}" "${@:2}" --output-dir "$RESULTS/study-$1"
+        --no-report-seconds "${scale[@]}" "${@:2}" --output-dir "$RESULTS/study-$1"
 }
 
 stage_studies() {

@@ -155,6 +155,7 @@ def measure(
 ) -> tuple[dict[str, Any], Candidate]:
     """Writes profile.json after every round; returns its content, and fastres among the candidates."""
     device, dtype = torch.device(defaults.device), AMP_DTYPES[defaults.amp]
+    planned, left_out = plan_rows(config.compile, defaults, config.rows)
     tune_libraries(device.type)
     tuned = "freed memory is kept" if device.type == "cpu" else "cuDNN tries its algorithms"
     console.print(f"{tuned} for every row: it is a setting of the process, from which eager gains, too")
@@ -168,7 +169,6 @@ def measure(
     images = steps_of_epoch * defaults.batch_size
     limit = steps_of_epoch * limit_seconds(step_kernels(shapes, defaults.batch_size, dtype), machine)
 
-    planned, left_out = plan_rows(config.compile, defaults, config.rows)
     candidates = [
         Candidate(name, settings, create_trainer(settings, dataset, plain)) for name, settings, plain in planned
     ]

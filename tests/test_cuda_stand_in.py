@@ -1,6 +1,7 @@
 """What only a GPU reaches, with tests/cuda_stand_in.py in its place."""
 
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +74,27 @@ def test_no_two_kernels_that_may_run_together_count_in_the_same_memory(log, monk
     assert len(set(in_graphs)) == 6
     assert len({*in_graphs, *on_this}) == 7
     assert len(set(places([launch.GRAPH_COUNTERS] * 2))) == 2
+
+
+def test_counters_are_allocated_by_another_thread_and_filled_before_they_are_used(monkeypatch):
+    steps = []
+
+    def zeros(count, dtype, device):
+        steps.append(("zeros", threading.get_ident()))
+        return torch.empty(count, dtype=dtype)
+
+    monkeypatch.setattr(
+        launch,
+        "torch",
+        SimpleNamespace(
+            zeros=zeros,
+            int32=torch.int32,
+            cuda=SimpleNamespace(synchronize=lambda device: steps.append(("synchronize", threading.get_ident()))),
+        ),
+    )
+    assert launch._lasting_zeros(8, torch.device("cuda", 0)).shape == (8,)
+    assert [step for step, _ in steps] == ["zeros", "synchronize"]
+    assert len({thread for _, thread in steps} | {threading.get_ident()}) == 2
 
 
 @pytest.mark.parametrize("encoded", [False, True])

@@ -308,7 +308,7 @@ def measured(name, seconds, wait=0.0, **engine):
                 measured("+ AMP", 1.8, fused=False) | {"epoch_seconds": {"rounds": [2.1, 1.8, 1.8]}},
                 measured("fastres", 2.0),
             ],
-            "keep the defaults: .*, no other setting is clearly faster, ",
+            "keep the defaults: .*, no other setting measured is clearly faster, ",
         ),
         (
             [measured("+ AMP", 1.0, fused=False), measured("+ compile", 0.5, compile=True), measured("fastres", 2.0)],
@@ -320,10 +320,14 @@ def measured(name, seconds, wait=0.0, **engine):
                 measured("max-autotune without descent", 1.0, fused=False, compile=True, compile_mode="max-autotune"),
                 measured("fastres", 2.0),
             ],
-            "max-autotune without descent is 2.00x as fast .* with --no-fused --compile --compile-mode max-autotune$",
+            "max-autotune without descent is 2.00x as fast .* "
+            "train with --no-fused --compile --compile-mode max-autotune$",
         ),
         ([measured("+ AMP", 1.98, fused=False), measured("fastres", 2.0)], "keep the defaults"),
-        ([measured("+ fused operator", 1.5), measured("fastres", 2.0)], "keep the defaults: .* no other setting is"),
+        (
+            [measured("+ fused operator", 1.5), measured("fastres", 2.0)],
+            "keep the defaults: .* no other setting measured is",
+        ),
     ],
 )
 def test_advice(rows, expected):

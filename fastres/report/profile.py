@@ -79,8 +79,8 @@ def advice(result: dict[str, Any]) -> str:
         changes = [as_flag(name, value) for name, value in best["engine"].items() if value != fastres["engine"][name]]
         return f"{best['name']} is {gain:.2f}x as fast as the defaults here: train with {' '.join(changes)}"
     return (
-        f"keep the defaults: data wait is {100 * wait:.1f}%, no other setting is clearly faster, and the model reaches "
-        f"{100 * fastres['limit_share']:.0f}% of the limit"
+        f"keep the defaults: data wait is {100 * wait:.1f}%, no other setting measured is clearly faster, and the "
+        f"model reaches {100 * fastres['limit_share']:.0f}% of the limit"
     )
 
 

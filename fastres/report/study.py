@@ -91,9 +91,9 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         phase_table=phase_table(study, results),
         tricks_table=tricks_table(study, results),
         losses_table=losses_table(study, results),
-        cost_table=cost_table(results),
-        time_table=time_table(results, price_per_hour),
-        phases_table=phases_table(results),
+        cost_table=cost_table(study, results),
+        time_table=time_table(results, price_per_hour) if timed(study) else "",
+        phases_table=phases_table(results) if timed(study) else "",
         first_to={target: first_to(results, target) for target in TARGETS} if timed(study) else {},
         decisions=map(decision_line, decisions(results, study["decide"])) if study.get("decide") else (),
         growth=growth,
@@ -301,25 +301,28 @@ def losses_table(study: dict[str, Any], results: list[Results]) -> str:
     return table_of(pd.DataFrame(columns).map("{:.5g}".format).to_dict("records"))
 
 
-def cost_table(results: list[Results]) -> str:
+def cost_table(study: dict[str, Any], results: list[Results]) -> str:
     rows = []
     for result in one_of_each_model(results):
+        seconds = {
+            "s/epoch": result.estimate("epoch_seconds").text(),
+            "images/s": rate(result.estimate("images_per_second")),
+        }
         row = {
             "model": f"**{as_markdown(result.model)}**",
             "forward GFLOP": f"{result.forward_gflop:.3f}",
             "params, M": result.estimate("params_millions").text(),
-            "s/epoch": result.estimate("epoch_seconds").text(),
-            "images/s": rate(result.estimate("images_per_second")),
+            **(seconds if timed(study) else {}),
             "peak MiB": result.estimate("peak_memory_mb").text(0),
         }
-        if result.eager:
+        if timed(study) and result.eager:
             row |= {
                 "eager s/epoch": f"{result.eager['epoch_seconds']:,.2f}",
                 "eager images/s": rate(Estimate(result.eager["images_per_second"])),
                 "eager peak MiB": f"{result.eager['peak_memory_mb']:,.0f}",
                 "fastres against eager": f"{result.times_eager:.2f} x",
             }
-        if "epoch_seconds" in result.published:
+        if timed(study) and "epoch_seconds" in result.published:
             row["published s/epoch"] = f"{result.published['epoch_seconds']:.2f}"
         rows.append(row)
     return table_of(rows)

@@ -98,9 +98,10 @@ def test_large_mean_and_small_variance(shape, std):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (3, 6, 40, 40)], ids=str)
-def test_what_is_not_finite_stays_in_its_channel(shape, value):
+@pytest.mark.parametrize("at", [0, -1], ids=["first", "last"])
+def test_what_is_not_finite_stays_in_its_channel(at, shape, value):
     x = torch.randn(shape)
-    x[0, 1, 0, 0] = value
+    x[at, 1, at, at] = value
     y, mean, *_ = triton_kernels.forward(x, *[None] * 6, True, 0.1, 1e-5, True)
     assert y[:, 1].isnan().all()
     torch.testing.assert_close(mean, x.mean([0, 2, 3]), equal_nan=True)

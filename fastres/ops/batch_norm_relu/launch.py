@@ -144,7 +144,7 @@ def _lasting_zeros(count: int, device: torch.device) -> Tensor:
     def allocate() -> Tensor:
         zeros = torch.zeros(count, dtype=torch.int32, device=device)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # this thread's kernels are on another stream
+            torch.cuda.synchronize(device)  # filled on the helper thread's stream; kernels count on others
         return zeros
 
     with ThreadPoolExecutor(1) as thread:

@@ -171,7 +171,7 @@ def _rows_of(split, splits, rows, block_rows: tl.constexpr):
 
 @triton.jit
 def _merged_moments(means, deviations, splits, channel, rows, channels, dtype: tl.constexpr, block_rows: tl.constexpr):
-    """Mean, from the origin of those of the splits, and biased variance of all rows from the splits' moments."""
+    """Mean, as a distance from the splits' origin, and biased variance of all rows."""
     first = tl.load(means + channel, channel < channels, other=0.0, cache_modifier=".cg")
     shift = tl.where(tl.abs(first) < float("inf"), first, 0.0)  # as in split_moments
     sums = tl.zeros([block_rows, channel.shape[0]], dtype)
@@ -202,7 +202,8 @@ def split_moments(
     split = tl.program_id(1)
     channel = tl.program_id(0) * block_channels + tl.arange(0, block_channels)
     valid_channel = channel < channels
-    # The splits' means are distances from the channel's last value: themselves, if large, they would lose digits.
+    # The splits' means are kept as distances from the channel's last value, which is at most sqrt(rows) standard
+    # deviations from the mean: large means, as they are, would lose digits.
     last = _offsets(rows - 1 + tl.arange(0, 1), channel, plane, channels, channels_last)
     origin = tl.load(x + last, valid_channel[None, :], other=0.0).to(dtype)
     origin = tl.where(tl.abs(origin) < float("inf"), origin, 0.0)
