@@ -11,7 +11,7 @@
 #   train         ResNet-18 to its target accuracy
 #   profile       the profile of ResNet-50, without its compiled rows, which take minutes
 #   loaders       images a second of both loaders; left out without DALI
-#   studies       the studies with DATA, four at a time, as starting takes longer than training: accuracies, no seconds
+#   studies       the studies with DATA, ten runs at a time, as starting takes longer than training; no seconds
 #   rest          the compiled rows of the profile, the slower tests, operator, steps, other models
 #
 # After every step OUT/results.tar.gz holds all results so far but the weights, those of an earlier call included. In it
@@ -65,7 +65,7 @@ if [[ ${QUICK:-} ]]; then
     shapes="2048x4x4 and forward and plain"
     export FASTRES_BENCHMARK_BATCH=2
     quick="and vgg16"
-    scale=(--scale 0.05 --data-scale 0.02)
+    scale=(--scale 0.05 --data-scale 0.02 --jobs 1)
 fi
 parallel=()
 imports() { "$PYTHON" -c "import $1" >/dev/null 2>&1; }
@@ -163,17 +163,17 @@ stage_loaders() {
 
 study() { # NAME FLAG...
     step "study-$1" 500 "$PYTHON" -m fastres.study "$1" --dataset folder --data-dir "$DATA" --workers 3 --no-eager-cost \
-        --no-report-seconds "${scale[@]}" "${@:2}" --output-dir "$RESULTS/study-$1"
+        --no-report-seconds "${@:2}" "${scale[@]}" --output-dir "$RESULTS/study-$1"
 }
 
 stage_studies() {
     [[ ${DATA:-} ]] || return 0
     step doctor 60 "$PYTHON" -m fastres.doctor # whose outcome is kept, or all four would look for themselves
-    (study architecture --seeds 0,1,2; study fast --seeds 0,1,2 --reuse "$RESULTS/study-architecture") &
-    (study augmentation; study zero-gamma --reuse "$RESULTS/study-augmentation") &
-    study schedule &
-    study residual &
+    study schedule --jobs 5 & # has the runs of three others
+    study residual --jobs 3 &
+    (study fast --seeds 0,1,2 --jobs 2; study architecture --seeds 0,1,2 --reuse "$RESULTS") &
     wait
+    for name in augmentation zero-gamma; do study "$name" --reuse "$RESULTS"; done
 }
 
 stage_rest() {

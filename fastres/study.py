@@ -28,7 +28,7 @@ from fastres.report.results import read_results
 from fastres.report.study import decision_line, decisions, write_report
 from fastres.studies import list_studies, load_study
 from fastres.studies.estimate import print_estimate
-from fastres.studies.execute import Executor, copy_run, places, reusable
+from fastres.studies.execute import Executor, copy_run, places, reusable, share_gpus
 from fastres.studies.plan import PlannedRun, Planner, StudyConfig, eager_name
 from fastres.training import distributed
 from fastres.training.start import RESUMABLE, read_saved
@@ -74,6 +74,8 @@ def run_study(planner: Planner, resume: bool, console: Console) -> None:
     seeds, planned = list(config.seeds), planner.plan(config.seeds)
     check_folder(folder, planned, resume)
     executor = Executor(places(config.jobs, planned[0].config.device))
+    if share_gpus(config.jobs, planned[0].config.device):
+        console.print(f"--jobs {config.jobs}: the runs share GPUs, so the report has no seconds")
     find = reusable(config.reuse) if config.reuse else lambda run: None
     with claimed(folder, () if resume else ("study.json", "report.md", "report.html")):
         date = start_date(folder) if resume else f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
@@ -168,7 +170,7 @@ def describe(planner: Planner, planned: list[PlannedRun], seeds: Sequence[int], 
         "scale": config.scale,
         "data_scale": config.data_scale,
         "jobs": config.jobs,
-        "report_seconds": config.report_seconds,
+        "report_seconds": config.report_seconds and not share_gpus(config.jobs, planned[0].config.device),
         "decide": config.decide,
         "overrides": {name.replace("_", "-"): str(value) for name, value in overrides.items()},
         "runs": runs,

@@ -300,9 +300,11 @@ def test_each_job_has_its_own_cores_or_gpu(monkeypatch):
     assert [place.environment for place in execute.places(2, "cuda")] == [
         {"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"},
     ]  # fmt: skip
-    for device, units in (("cpu", "5 cores"), ("cuda", "2 GPUs")):
-        with pytest.raises(UserError, match=f"--jobs 6: there are {units}"):
-            execute.places(6, device)
+    assert not execute.share_gpus(2, "cuda")
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in execute.places(3, "cuda")] == ["3", "5", "3"]
+    assert execute.share_gpus(3, "cuda")
+    with pytest.raises(UserError, match="--jobs 6: there are 5 cores"):
+        execute.places(6, "cpu")
 
 
 def test_a_finished_run_is_reused(command_line, tiny_runs, flags, tmp_path, monkeypatch):

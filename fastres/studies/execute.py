@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import cycle, islice
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -37,22 +38,29 @@ class Place(NamedTuple):
     cores: set[int] | None = None
 
 
+def visible_gpus() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+
+
 def places(jobs: int, device: str) -> list[Place]:
-    """A place for each of ``jobs`` runs side by side: a GPU, or an equal share of the cores and as many threads."""
+    """A place for each of ``jobs`` runs side by side: a GPU, in turn, or an equal share of the cores and as many
+    threads."""
     if jobs == 1:
         return [Place({})]
     if device == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        units: list[Any] = visible.split(",") if visible else list(range(torch.cuda.device_count()))
-    else:
-        units = sorted(os.sched_getaffinity(0))
-    if jobs > len(units):
-        raise UserError(f"--jobs {jobs}: there are {len(units)} {'GPUs' if device == 'cuda' else 'cores'}; take fewer")
-    if device == "cuda":
-        return [Place({"CUDA_VISIBLE_DEVICES": str(unit)}) for unit in units[:jobs]]
-    share = len(units) // jobs
+        return [Place({"CUDA_VISIBLE_DEVICES": gpu}) for gpu in islice(cycle(visible_gpus()), jobs)]
+    cores = sorted(os.sched_getaffinity(0))
+    if jobs > len(cores):
+        raise UserError(f"--jobs {jobs}: there are {len(cores)} cores; take fewer")
+    share = len(cores) // jobs
     threads = {"OMP_NUM_THREADS": str(share)}
-    return [Place(threads, set(units[i * share : (i + 1) * share])) for i in range(jobs)]
+    return [Place(threads, set(cores[i * share : (i + 1) * share])) for i in range(jobs)]
+
+
+def share_gpus(jobs: int, device: str) -> bool:
+    """Whether more runs train side by side than there are GPUs."""
+    return device == "cuda" and jobs > len(visible_gpus())
 
 
 class Executor:

@@ -63,7 +63,8 @@ class StudyConfig:
     )
     jobs: int = flag(
         "Machine",
-        "train so many runs side by side, each on its own GPU, or with its share of the CPU's cores",
+        "train so many runs side by side, each on its own GPU, or with its share of the CPU's cores; on fewer GPUs the "
+        "report has no seconds",
         1,
         interval="[1, 1024]",
     )
