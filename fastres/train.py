@@ -19,8 +19,6 @@ from fastres.errors import UserError
 from fastres.fields import as_json, path, read_fields
 from fastres.files import read_json
 from fastres.flags import STOP_WITH_STDIN, Parser, add_flags, open_console, run_command, terminate_with_stdin
-from fastres.report.gallery import draw_gallery
-from fastres.report.plots import plot_curves
 from fastres.report.tables import class_table, summary_table
 from fastres.training import distributed
 from fastres.training.clock import Clock, process_age
@@ -106,6 +104,8 @@ def train(
     run = open_run(flags, resume, file=file, say=console.print, clock=clock)
     summary = show_progress(run, console, on_step, on_epoch)
     if distributed.rank() == 0:
+        from fastres.report.plots import plot_curves  # matplotlib takes half a second to import
+
         picture = plot_curves(run.folder, f"{summary['model']} on {summary['dataset']}")
         console.print(summary_table(summary))
         console.print(class_table(summary))
@@ -213,6 +213,8 @@ def evaluate(folder: Path, flags: dict[str, Any], weights: str | None, gallery: 
     console.print(f"test loss     {evaluation.loss:.6f}   recorded {loss:.6f}")
     console.print(f"test accuracy {evaluation.accuracy:.2f} %   recorded {accuracy:.2f} %")
     if gallery:
+        from fastres.report.gallery import draw_gallery
+
         for picture in draw_gallery(run, evaluation.confusion):
             console.print(f"picture: {picture}")
     if run.config.tta:

@@ -24,6 +24,13 @@ def test_importing_the_package_imports_no_library():
     assert not {"torch", "nvidia.dali", "numpy", "matplotlib"} & set(modules)
 
 
+def test_training_imports_no_library_that_it_does_not_need_yet():
+    code = "import sys, fastres.train, fastres.report.results; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in modules
+    assert not {"torchvision", "torch._dynamo", "matplotlib", "scipy.stats", "nvidia.dali"} & set(modules)
+
+
 def test_every_public_name_is_there_and_documented():
     for name in fastres.__all__:
         assert getattr(fastres, name).__doc__, name

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
-from scipy import stats
+import scipy
 
 from fastres.errors import UserError
 from fastres.files import read_json
@@ -180,7 +180,7 @@ def row(name: str, results: Sequence[Results]) -> dict[str, str]:
 def time_to_target(seconds: pd.Series) -> str:
     """The median of ``seconds``, NaN where the target was not reached, and its interval by order statistics."""
     times = seconds.fillna(math.inf).sort_values()
-    interval = stats.quantile_test(times, p=0.5).confidence_interval(CONFIDENCE)
+    interval = scipy.stats.quantile_test(times, p=0.5).confidence_interval(CONFIDENCE)
     shown = [f"{value:,.1f}" if value < math.inf else "not reached" for value in (times.median(), *interval)]
     known = "" if any(map(math.isnan, interval)) else f" ({shown[1]} to {shown[2]})"
     return f"{shown[0]}{known}; {seconds.count()} of {len(seconds)} reached it"

@@ -5,7 +5,7 @@ import warnings
 from typing import NamedTuple
 
 import pandas as pd
-from scipy import stats
+import scipy
 
 CONFIDENCE = 0.95
 TOST = 0.90  # confidence whose interval is inside the margin when two one-sided tests at 5 % are both significant
@@ -50,7 +50,7 @@ def difference(ours: pd.Series, theirs: pd.Series, confidence: float = CONFIDENC
     if min(len(ours), len(theirs)) < 2:
         return Difference(value)
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # about equal values, whose error is 0
-        test = stats.ttest_rel(ours, theirs) if paired else stats.ttest_ind(ours, theirs, equal_var=False)
+        test = scipy.stats.ttest_rel(ours, theirs) if paired else scipy.stats.ttest_ind(ours, theirs, equal_var=False)
         low, high = test.confidence_interval(confidence)
         return Difference(value, low, high, test.df, len(shared) * paired)
 
@@ -95,12 +95,12 @@ def judge(published: float, ours: pd.Series, error: float, rounding: float, cons
     """
     level, seeds, mean = (1 + CONFIDENCE) / 2, len(ours), ours.mean()
     deviation = ours.std() if seeds > 1 else 0.0
-    gap, normal = max(abs(published - mean) - rounding, 0.0), stats.norm.ppf(level)
+    gap, normal = max(abs(published - mean) - rounding, 0.0), scipy.stats.norm.ppf(level)
 
     def width(n: int) -> float:
         if n == 1:
             return normal * error if constant else math.inf
-        return math.hypot(stats.t.ppf(level, n - 1) * deviation * math.sqrt(1 + 1 / n), normal * error)
+        return math.hypot(scipy.stats.t.ppf(level, n - 1) * deviation * math.sqrt(1 + 1 / n), normal * error)
 
     if gap <= normal * math.hypot(deviation, error):
         verdict = "consistent"

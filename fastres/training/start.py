@@ -9,7 +9,6 @@ import torch
 
 from fastres.config import DATASET_DEFAULTS, ENGINE, TrainConfig, check_effect, over_recipe
 from fastres.data.datasets import load_dataset
-from fastres.data.eager import mean_and_std
 from fastres.data.plan import mixes
 from fastres.data.splits import Dataset
 from fastres.errors import UserError, named
@@ -172,6 +171,8 @@ def _choose(
         check_effect(flags, settings)
     asked, dataset = choose_dataset(settings, say, load_dataset)
     if asked.normalize == "dataset":
+        from fastres.data.eager import mean_and_std  # torchvision takes a second to import
+
         mean, std = (saved.mean, saved.std) if saved else mean_and_std(dataset.train)
         dataset = replace(dataset, mean=mean, std=std)
         say(f"mean {' '.join(f'{x:.4f}' for x in mean)} and std {' '.join(f'{x:.4f}' for x in std)} of its channels")
