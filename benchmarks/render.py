@@ -24,7 +24,7 @@ from fastres.files import read_json
 from fastres.report.page import as_markdown, table, table_of
 from fastres.report.results import Estimate, read_results
 from fastres.report.statistics import difference
-from fastres.report.study import claims, scale_line
+from fastres.report.study import claims, scale_line, tricks_table
 
 PICTURE = "docs/recipes.png"
 DOCUMENTS = ("README.md", "docs/measurements.md")
@@ -280,12 +280,23 @@ def study_table(contents: list[Content]) -> str:
     return "\n\n".join([table(head, rows), "\n".join(f"* {caption}" for caption in captions)])
 
 
+def trick_table(contents: list[Content]) -> str:
+    """What each trick of the fast recipe is worth to VGG-16."""
+    study = newest_study(contents, "tricks")
+    return tricks_table(study, read_results(study["folder"], study))
+
+
+def newest_study(contents: list[Content], name: str) -> Content:
+    study = next((content for content in reversed(contents) if content.get("study") == name), None)
+    if not study:
+        raise UserError(f"results:{name}: no such study is kept")
+    return study
+
+
 def parity_table(contents: list[Content]) -> str:
     """The study of parity.toml beside plain_pytorch.csv in its folder: losses and accuracies after each epoch. A seed
     draws other numbers there, so runs are not paired."""
-    study = next((content for content in reversed(contents) if content.get("study") == "parity"), None)
-    if not study:
-        raise UserError("results:parity: no study of benchmarks/parity.toml is kept")
+    study = newest_study(contents, "parity")
     plain, rows = pd.read_csv(study["folder"] / "plain_pytorch.csv"), []
     results = read_results(study["folder"], study)
     for result in results:
@@ -338,6 +349,7 @@ TABLES: dict[str, Callable[[list[Content]], str]] = {
     "convolutions": convolution_tables,
     "kernels": kernel_tables,
     "studies": study_table,
+    "tricks": trick_table,
     "parity": parity_table,
     "claims": claims_table,
 }

@@ -35,6 +35,7 @@ from fastres.profiling.measure import EAGER, RepeatedBatch, create_trainer, firs
 from fastres.report.study import write_report
 from fastres.training.hardware import resolve
 from tests.conftest import write_folder
+from tests.report.test_study_report import write_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -650,3 +651,50 @@ def test_the_documents_show_what_is_in_the_results(tmp_path):
     assert render.main([str(RESULTS), *map(str, copies.values())]) == 0
     for name, copy in copies.items():
         assert copy.read_text() == (ROOT / name).read_text()
+
+
+def kept_study(folder, name, labels, published=None, **runs):
+    """study.json and runs of a kept study: ``runs`` are accuracies of each epoch, by name and seed."""
+    for run, seeds in runs.items():
+        for seed, accuracies in seeds.items():
+            write_run(folder / f"{run}-seed{seed}", run, accuracies, 1.0, seed, date=f"2026-01-0{seed + 1} 00:00")
+    rows = [
+        {
+            "name": run, "label": label, "folders": [f"{run}-seed{seed}" for seed in runs[run]], "eager_folder": None,
+            "forward_gflop": 1.0, "published": published or {},
+        }
+        for run, label in zip(runs, labels, strict=True)
+    ]  # fmt: skip
+    study = {"study": name, "runs": rows, "scale": 1.0, "data_scale": 1.0, "overrides": {}, "conjectures": []}
+    return study | {"date": "2026-01-01 00:00", "folder": folder, "file": "study"}
+
+
+def test_parity_is_by_model_and_epoch_and_not_paired(tmp_path):
+    study = kept_study(tmp_path / "a", "parity", ["A"], vgg16={0: [70.0, 80.0], 1: [72.0, 84.0]})
+    pd.DataFrame(
+        {
+            "model": "vgg16", "seed": [5, 5, 6, 6], "epoch": [1, 2, 1, 2], "train_loss": [2.0, 1.1, 2.0, 0.9],
+            "test_accuracy": [70.0, 81.0, 70.0, 81.0], "device": "H", "torch": "2.11",
+        }
+    ).to_csv(tmp_path / "a/plain_pytorch.csv", index=False)  # fmt: skip
+    text = render.render(readme("parity"), [study])
+    # Welch: of 82 +- 2.83 and 81, the error is 2 with one degree of freedom
+    low, high = 1 - 12.7062 * 2, 1 + 12.7062 * 2
+    assert (
+        f"| `vgg16` | 2 | 1.000 ± 0.141 | 1.000 ± 0.000 | +0.000 (-1.271 to +1.271) | 81.00 ± 0.00 | 82.00 ± 2.83 | \
++1.00 ({low:+.2f} to {high:+.2f}) |"
+        in text
+    )
+    assert "plain PyTorch: 2 seeds, H, float32, torch 2.11." in text
+    with pytest.raises(UserError, match="results:parity: no such study is kept"):
+        render.render(readme("parity"), [])
+
+
+def test_claims_of_runs_that_studies_share_are_listed_once(tmp_path):
+    published = {"best_accuracy": 90.0}
+    large = kept_study(
+        tmp_path / "large", "large", ["A, constant", "B"], published, vgg16={0: [88.0]}, resnet18={0: [80.0]}
+    )
+    small = kept_study(tmp_path / "small", "small", ["A"], published, vgg16={0: [88.0], 1: [89.0]})
+    rows = re.findall(r"\| (`.*`) \| (.*?): best accuracy", render.render(readme("claims"), [large, small]))
+    assert rows == [("`large`", "B"), ("`large`", "B minus A, constant"), ("`small`", "A")]
