@@ -99,7 +99,7 @@ def folders(tmp_path_factory):
     flags += ["--epochs", 2, "--device", "cpu", "--amp", "off"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "vgg11", tiny_model)
-        patch.setattr(train, "plot_curves", lambda folder, title: folder)
+        patch.setattr("fastres.report.plots.plot_curves", lambda folder, title: folder)
         assert command_line(*flags, "--output-dir", root / "finished")[0] == 0
         steps = iter([0, 0, 0, 0, 15])
         with contextlib.redirect_stdout(io.StringIO()), pytest.raises(Interrupted):
