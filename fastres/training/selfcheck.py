@@ -28,7 +28,6 @@ from fastres.files import write_json
 from fastres.machine import device_name, versions
 from fastres.models import create_model
 from fastres.nn import BatchNormReLU2d, EagerBatchNormReLU2d
-from fastres.training import distributed
 from fastres.training.trainer import Trainer
 
 CASES = (  # of the operator: shape, type, and whether there is a residual
@@ -41,6 +40,7 @@ LEVELS = 3.5  # of 255, by which decoders of JPEG may differ
 SECONDS = 300  # that a check may take; compiling the kernels takes a few
 DRIVER = Path("/proc/driver/nvidia/version")
 COMMAND = (sys.executable, "-m", "fastres.doctor", "--only")
+AGAIN = "; fastres doctor checks again"
 
 
 def check_operator(device: torch.device) -> None:
@@ -135,13 +135,13 @@ def run_check(name: str) -> str:
             [*COMMAND, name], capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS
         )
     except subprocess.TimeoutExpired:
-        return f"the check of {name} on this machine took longer than {SECONDS} s"
+        return f"the check of {name} on this machine took longer than {SECONDS} s{AGAIN}"
     if done.returncode == 0:
         return ""
     lines = done.stderr.strip().splitlines()
     if done.returncode == 1 and lines:
-        return f"the check of {name} on this machine failed: {lines[-1].partition('error: ')[2] or lines[-1]}"
-    return f"the check of {name} on this machine ended with exit code {done.returncode}"
+        return f"the check of {name} on this machine failed: {lines[-1].partition('error: ')[2] or lines[-1]}{AGAIN}"
+    return f"the check of {name} on this machine ended with exit code {done.returncode}{AGAIN}"
 
 
 def kept_at(device: torch.device) -> Path:
@@ -171,14 +171,12 @@ def check_all(device: torch.device) -> dict[str, str]:
 def faults(device: torch.device) -> dict[str, str]:
     """What is wrong with each part that must not be used, by the check's name; on a CPU the tests show it beforehand.
 
-    Checked once for each card, driver and versions, on each machine of a job.
+    Checked once for each card, driver and versions; in a job, by rank 0. Not a collective call.
     """
     if device.type == "cpu":
         return {}
-    own: dict[str, str] = {}
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 or not distributed.launched():
-        try:
-            own = json.loads(kept_at(device).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            own = check_all(device)
-    return {name: fault for process in distributed.gather(own) for name, fault in process.items() if fault}
+    try:
+        found = json.loads(kept_at(device).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = check_all(device)
+    return {name: fault for name, fault in found.items() if fault}
