@@ -33,15 +33,20 @@ def cast(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Ten
 def with_cast_weights(model: nn.Module, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     """``model``, computed with the parameters of its convolutions and linear layers in ``dtype``.
 
-    Those are the ones that autocast casts; outputs and gradients are the same. The parameters stay as they are.
+    Those are the ones that autocast casts; outputs and gradients are the same. The parameters stay as they are, and so
+    do those from which a layer computes its weight (torch.nn.utils.parametrizations).
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    weights = {f"{name}.{key}": weight for name, layer in layers for key, weight in layer.named_parameters()}
-    names = {id(weight): name for name, weight in weights.items()}  # of tied weights, one
-    weights = {name: weight for name, weight in weights.items() if names[id(weight)] == name}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    weights = {
+        f"{name}.{key}": weight for name in layers for key, weight in layers[name].named_parameters(recurse=False)
+    }
+    distinct = list(dict.fromkeys(weights.values()))  # layers may share theirs
+    if not weights:
+        return model
 
     def forward(images: torch.Tensor) -> torch.Tensor:
-        copies = _Cast.apply(dtype, *weights.values())
-        return functional_call(model, dict(zip(weights, copies, strict=True)), (images,))
+        copies = dict(zip(distinct, _Cast.apply(dtype, *distinct), strict=True))
+        replaced = {name: copies[weight] for name, weight in weights.items()}
+        return functional_call(model, replaced, (images,), tie_weights=False)  # a module by two names is replaced once
 
     return forward

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from fastres.config import TrainConfig
 from fastres.errors import RunError
 from fastres.models import create_model
 from fastres.profiling.measure import PlainTrainer
 from fastres.training import trainer as trainer_module
+from fastres.training.casts import with_cast_weights
 from fastres.training.epoch import Epoch
 from fastres.training.optimizer import state_tensors
 from fastres.training.schedule import lr_factor
@@ -442,3 +444,33 @@ def test_no_synchronisation_inside_an_epoch(cuda_graphs):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(steps) == 4
+
+
+class Shared(nn.Module):
+    """A convolution of which a parametrization makes the weight, one that has two names, and two with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
+        self.second = self.third = nn.Conv2d(8, 8, 3)
+        self.fourth = nn.Conv2d(8, 8, 3, bias=False)
+        self.fourth.weight = self.third.weight
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(self.fourth(self.third(self.second(self.first(x)).relu())).mean((2, 3)))
+
+
+@pytest.mark.parametrize("model", [Shared(), nn.Sequential(nn.AvgPool2d(32), nn.Flatten())], ids=["layers", "none"])
+def test_weights_cast_at_once_are_those_that_autocast_casts(model):
+    images = torch.randn(6, 3, 32, 32)
+    results = []
+    for forward in (model, with_cast_weights(model, torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = forward(images)
+        parameters = list(model.parameters())
+        assert all(parameter.is_leaf for parameter in parameters)
+        results.append(
+            [logits, *(torch.autograd.grad(logits.float().square().sum(), parameters) if parameters else ())]
+        )
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
