@@ -144,7 +144,10 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
     faults = selfcheck.faults(device)
     compiled, compile_why = choose_compile(config.compile, device, steps)
     compile_mode = config.compile_mode if compiled else None
-    cuda_graphs, graphs_why = choose_cuda_graphs(config.cuda_graphs, device, compile_mode, faults.get("cuda-graph", ""))
+    graph_fault = faults.get("cuda-graph", "")
+    if amp == "fp16" and config.optimizer == "muon":
+        graph_fault = "Muon in fp16 waits for the GPU at every step"  # whether GradScaler found inf
+    cuda_graphs, graphs_why = choose_cuda_graphs(config.cuda_graphs, device, compile_mode, graph_fault)
     fused, fused_why = choose_fused(
         config.fused, device, config.sync_bn, faults.get("operator", ""), cuda_graphs or compile_mode in GRAPH_MODES
     )

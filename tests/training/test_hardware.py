@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fastres.config import COMPILE_MODES, TrainConfig
 from fastres.errors import UserError
-from fastres.training import hardware
+from fastres.training import hardware, selfcheck
 from fastres.training.trainer import compiled
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -24,6 +26,22 @@ def test_a_step_is_compiled_and_captured(device, processes, wanted, steps, compi
     monkeypatch.setattr(hardware, "world_size", lambda: processes)
     assert hardware.choose_compile(wanted, device, steps)[0] == compiled
     assert hardware.choose_cuda_graphs(None, device, "default" if compiled else None)[0] == captured
+
+
+def test_muon_in_fp16_is_not_captured(arrays, monkeypatch):
+    """GradScaler asks the GPU for its verdict before each of Muon's steps, which a capture does not allow."""
+    monkeypatch.setattr(hardware, "choose_device", lambda name: (CUDA, "there"))
+    monkeypatch.setattr(hardware, "choose_amp", lambda name, device: (name, "asked for"))
+    monkeypatch.setattr(selfcheck, "faults", lambda device: {})
+    monkeypatch.setattr(hardware, "pixels_on_gpu", lambda *arguments: True)
+    config = TrainConfig(optimizer="muon", amp="fp16", batch_size=8)
+    chosen, line = hardware.resolve(config, arrays)
+    assert not chosen.cuda_graphs
+    assert "CUDA graphs off (Muon in fp16 waits for the GPU at every step)" in line
+    with pytest.raises(UserError, match=r"--cuda-graphs: Muon in fp16 waits .*; or take --no-cuda-graphs"):
+        hardware.resolve(replace(config, cuda_graphs=True), arrays)
+    for others in ({"optimizer": "sgd"}, {"amp": "bf16"}):
+        assert hardware.resolve(replace(config, **others), arrays)[0].cuda_graphs
 
 
 def test_what_was_asked_for_is_taken_where_it_can_be_had():
