@@ -320,7 +320,7 @@ class TrainConfig:
 def over_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings ``given`` over the defaults of the recipe and the model that they name."""
     recipe, *subject = (given.get(name, getattr(TrainConfig, name)) for name in ("recipe", "model", "image_size"))
-    return {**RECIPES[recipe](*subject), **given}
+    return {**RECIPES.get(recipe, default_recipe)(*subject), **given}  # TrainConfig refuses an unknown recipe
 
 
 def check_effect(given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

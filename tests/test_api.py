@@ -121,6 +121,11 @@ def test_load_model_says_what_is_wrong(settings, tmp_path):
     (tmp_path / "run/last.safetensors").unlink()
     with pytest.raises(UserError, match=r"last.safetensors: does not hold weights of this model"):
         fastres.load_model(tmp_path / "run", "last")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    for wrong in ([0.2, 0.2], [0.2, 0.2, 0]):
+        (tmp_path / "run/config.json").write_text(json.dumps(config | {"std": wrong}))
+        with pytest.raises(UserError, match=r"config.json: mean and std: must be three numbers each, and std above 0"):
+            fastres.load_model(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["DaliLoader", "EagerLoader"])

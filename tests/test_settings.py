@@ -51,6 +51,7 @@ def test_settings_from_a_file(command_line, flags, tmp_path):
         ("a.toml", "lr = ", "a.toml: not readable as TOML"),
         ("a.toml", "l = 1", "a.toml: unknown key l; did you mean"),
         ("a.toml", "lr = -1", "--lr -1: must be above 0"),
+        ("a.toml", 'recipe = "quick"', "--recipe: invalid choice 'quick'; choose from default, fast"),
         ("a.toml", 'lr = "a"', "a.toml: lr: must be a number, not 'a'"),
         ("none.toml", None, "none.toml: not readable as TOML"),
         ("none.json", None, "none.json: not readable as JSON"),

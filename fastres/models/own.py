@@ -56,10 +56,9 @@ def import_model(name: str) -> Callable[..., nn.Module]:
             model = function(num_classes)
         if not isinstance(model, nn.Module):
             raise UserError(f"--model {name}: returned {type(model).__name__} instead of a torch.nn.Module")
-        with explained(name, "cannot be copied"):
-            trial = copy.deepcopy(model)
         generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
+        with explained(name, "cannot be copied and changed"), torch.no_grad():
+            trial = copy.deepcopy(model)
             for parameter in trial.parameters():  # of which some may be 0, and hide what follows them
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
         before = _logits(trial, name, num_classes, image_size)
@@ -119,8 +118,10 @@ def _logits(model: nn.Module, name: str, num_classes: int, image_size: int) -> t
 
 
 def fuse_norms(model: nn.Module, norm_layer: NormLayer) -> None:
-    """Puts ``norm_layer``, with the same parameters and buffers, in the place of each BatchNorm2d in ``model``; of a
-    BatchNorm2d and the ReLU that follows it in a Sequential, too, whose place an Identity takes. What has hooks stays.
+    """Replaces each BatchNorm2d in ``model`` by ``norm_layer`` with the same parameters and buffers.
+
+    Where a ReLU follows in a Sequential, the new norm applies it, and an Identity takes its place. Norms and ReLUs with
+    hooks are left alone.
     """
     uses = Counter(child for parent in model.modules() for child in parent._modules.values())
     fused: dict[nn.Module, nn.Module] = {}

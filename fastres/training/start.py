@@ -71,6 +71,8 @@ def read_saved(record: Any, source: object) -> Saved:
     """Parses ``record``, which ``Run.record`` wrote."""
     with named(source):
         content = read_table(Record, record)
+        if not len(content.mean) == len(content.std) == 3 or min(content.std) <= 0:
+            raise UserError("mean and std: must be three numbers each, and std above 0")
         return Saved(
             read_table(TrainConfig, content.asked),
             read_table(TrainConfig, content.asked | content.chosen),
@@ -159,11 +161,11 @@ def _choose(
         checkpoint = read_checkpoint(resume)
         folder = resume if resume.is_dir() else resume.parent
         saved = read_saved(checkpoint["run"], f"--resume {resume}")
-        settings = settings_of_run(folder, saved.settings, flags, RESUMABLE)
+        settings = settings_of_run(folder, saved, flags, RESUMABLE)
     elif finished:
         with named(f"--eval {finished}: not the folder of a finished run"):
             saved = read_saved(read_json(finished / "config.json"), "config.json")
-        settings = settings_of_run(finished, saved.settings, flags, EVALUABLE)
+        settings = settings_of_run(finished, saved, flags, EVALUABLE)
     else:
         if file and file.suffix == ".json" and "recipe" in flags:
             raise UserError(f"--recipe {flags['recipe']}: changes nothing, as {file} has every setting; leave one off")
@@ -206,15 +208,19 @@ def choose_dataset(
     return TrainConfig(**{**DATASET_DEFAULTS.get(dataset.name, {}), **settings}), dataset
 
 
-def settings_of_run(folder: Path, config: TrainConfig, flags: dict[str, Any], may_differ: set[str]) -> dict[str, Any]:
-    """The settings ``config`` of the run in ``folder``, with ``flags``, of which only ``may_differ`` may change it."""
-    before = replace(config, output_dir=folder)
+def settings_of_run(folder: Path, saved: Saved, flags: dict[str, Any], may_differ: set[str]) -> dict[str, Any]:
+    """The settings of the run ``saved`` in ``folder``, with ``flags``, of which only ``may_differ`` may change it.
+
+    A flag that says again what was asked for, such as an ``auto``, leaves the run as it is.
+    """
+    flags = {name: value for name, value in flags.items() if name in may_differ or value != getattr(saved.asked, name)}
+    before = replace(saved.settings, output_dir=folder)
     after = replace(before, **flags)
     for name in flags:
-        asked, saved = getattr(after, name), getattr(before, name)
+        asked, has = getattr(after, name), getattr(before, name)
         # a function's file may have moved
-        functions = name == "model" and is_function(asked) and is_function(saved)
-        moved = functions and function_name(asked) == function_name(saved)
-        if name not in may_differ and asked != saved and not moved:
-            raise UserError(f"{as_flag(name, asked)}: {folder} is a run with {saved}; leave the flag off")
+        functions = name == "model" and is_function(asked) and is_function(has)
+        moved = functions and function_name(asked) == function_name(has)
+        if name not in may_differ and asked != has and not moved:
+            raise UserError(f"{as_flag(name, asked)}: {folder} is a run with {has}; leave the flag off")
     return vars(after)

@@ -40,6 +40,7 @@ def nothing(num_classes): ...
 def seven(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 7))
 def pair(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes), nn.LSTM(num_classes, 2))
 def large(num_classes): return nn.Linear(64, num_classes)
+def lazy(num_classes): return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
 def raising(num_classes):
     raise ValueError("no such\\nwidth")
 
@@ -118,7 +119,7 @@ def test_it_is_counted_without_the_meta_device(folder):
         (":net", r"--model :net: cannot be imported \(ValueError"),
         ("broken.py:net", r"cannot be imported \(AttributeError: .*Conf2d.*broken.py, line 3\)"),
         ("leaving:net", r"cannot be imported \(SystemExit: 0, .*leaving.py, line 1\)"),
-        ("nets.py:nett", "nets.py has no function nett; it has net, zero, two and 6 more"),
+        ("nets.py:nett", "nets.py has no function nett; it has net, zero, two and 7 more"),
         ("nets.py:number", "nets.py has no function number"),
         ("torch:relu", r"callable with the number of classes as its only argument \(no signature found"),
         ("nets.py:two", r"callable with the number of classes as its only argument \(missing .*'width'\)"),
@@ -127,6 +128,7 @@ def test_it_is_counted_without_the_meta_device(folder):
         ("nets.py:seven", r"gives \[2, 7\] for images \[2, 3, 32, 32\] instead of logits \[2, 5\]"),
         ("nets.py:pair", r"gives tuple for images \[2, 3, 32, 32\] instead of logits \[2, 5\]"),
         ("nets.py:large", r"does not take images \[2, 3, 32, 32\] \(RuntimeError: mat1 and mat2 .*"),
+        ("nets.py:lazy", r"cannot be copied and changed \(RuntimeError: .*LazyLinear|cannot be copied and changed \("),
         ("nets.py:raising", r"raising\(5\) failed \(ValueError: no such, .*nets.py, line \d+\)"),
         ("nets.py:Early", "has other outputs with the fused operator; take --no-fused"),
         ("nets.py:zero", "has other outputs with the fused operator; take --no-fused"),
