@@ -1,13 +1,12 @@
 """Inputs and CUDA graphs for timing kernels, and the rows of a benchmark's results."""
 
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastres.machine import commit, device_name, versions
+from fastres import machine
 from fastres.training.cuda_graph import capture
 
 Row = dict[str, Any]  # a line of a result file
@@ -16,13 +15,7 @@ GPU_BYTES = 2**30  # many times a GPU's cache, and enough that launching a graph
 
 def provenance(command: str, device: str) -> dict[str, Any]:
     """Where and when a benchmark ran: the first line of its result file."""
-    return {
-        "command": command,
-        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
-        "machine": device_name(torch.device(device)),
-        "versions": versions(),
-        "commit": commit(),
-    }
+    return machine.provenance() | {"command": command, "machine": machine.device_name(torch.device(device))}
 
 
 def sets_beyond_cache(tensor_bytes: int) -> int:

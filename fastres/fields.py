@@ -126,9 +126,13 @@ def check_names(given: Collection[str], known: Collection[str], prefix: str = ""
     """Refuses a name that is not ``known``, and says which known ones are close."""
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
-            raise UserError(f"unknown key {prefix}{name}; {hint}")
+            raise UserError(f"unknown key {prefix}{name}; {hint(name, known)}")
+
+
+def hint(name: str, known: Collection[str]) -> str:
+    """Which of the ``known`` names ``name`` may stand for."""
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"choose from {', '.join(known)}"
 
 
 def check_fields(settings: Any) -> None:

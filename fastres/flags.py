@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_type_hints
 from rich.console import Console
 
 from fastres.errors import Interrupted, RunError, UserError
-from fastres.fields import KINDS, check_names, required
+from fastres.fields import KINDS, hint, required
 
 STOP_WITH_STDIN = "FASTRES_STOP_WITH_STDIN"  # in the environment of a study's runs, which stop when the study dies
 
@@ -32,11 +32,7 @@ class Parser(argparse.ArgumentParser):
         given, unknown = self.parse_known_args(arguments)
         if unknown:
             flags = [name for action in self._actions for name in action.option_strings]
-            try:
-                check_names([unknown[0].split("=")[0]], flags)
-            except UserError as error:
-                hint = str(error).split("; ")[1]
-            self.error(f"unknown argument {unknown[0]}; {hint}")
+            self.error(f"unknown argument {unknown[0]}; {hint(unknown[0].split('=')[0], flags)}")
         return vars(given)
 
 

@@ -3,10 +3,13 @@
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +17,16 @@ import fastres
 
 PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy")
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def provenance() -> dict[str, Any]:
+    """The command, date, versions and commit of this process's results."""
+    return {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
+        "versions": versions(),
+        "commit": commit(),
+    }
 
 
 def device_name(device: torch.device) -> str:

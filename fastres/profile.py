@@ -5,7 +5,6 @@ import os
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler reports a missing GPU as an error
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and warns of memory that was there before it
 
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from fastres.errors import UserError
 from fastres.fields import as_json, check_fields, flag
 from fastres.files import claimed, new_folder, write_json
 from fastres.flags import Parser, add_flags, open_console, run_command
-from fastres.machine import commit, device_name, versions
+from fastres.machine import device_name, provenance
 from fastres.models import create_to_count, function_name, is_function, register_model
 from fastres.profiling.measure import (
     EAGER,
@@ -211,10 +210,7 @@ def measure(
         "loader_alone_images_per_second": rates,
         "left_out": left_out,
         "config": as_json(config),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "versions": versions(),
-        "commit": commit(),
-        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
+        **provenance(),
     }
     for number in range(rounds):
         for candidate, loader in zip(measured, loaders, strict=True):

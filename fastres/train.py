@@ -163,7 +163,7 @@ def show_progress(
             progress.reset(task, description=f"epoch {row['epoch'] + 1}", visible=row["epoch"] < run.config.epochs)
 
         done = run.epoch.steps if run.epoch else 0
-        task = progress.add_task(f"epoch {len(run.history) + 1}", total=len(run.train_loader), completed=done)
+        task = progress.add_task(f"epoch {len(run.history) + 1}", total=run.trainer.steps_per_epoch, completed=done)
         with catch_signals() as signalled:
             return run.fit(after_step, after_epoch, signalled)
 

@@ -72,7 +72,7 @@ class PlanLoader(ABC):
         decode: str = "auto",
         num_classes: int | None = None,
     ) -> None:
-        self.split = data if isinstance(data, Split) else _split(*map(np.asarray, data))
+        self.split = as_split(data)
         self.plan_of_epoch, self.batch_size = lru_cache(maxsize=2)(plan_of_epoch), batch_size  # this one and the next
         self.num_classes = num_classes or int(self.split.labels.max(initial=0)) + 1
         self.mean, self.std = mean, std
@@ -107,7 +107,11 @@ class PlanLoader(ABC):
         return self.num_batches
 
 
-def _split(images: np.ndarray, labels: np.ndarray) -> Split:
+def as_split(data: Split | tuple[ArrayLike, ArrayLike]) -> Split:
+    """``data`` itself, or of its images uint8 ``[N, 32, 32, 3]`` and labels, integers ``[N]``. Raises UserError."""
+    if isinstance(data, Split):
+        return data
+    images, labels = map(np.asarray, data)
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         raise UserError(f"labels: must be integers [N], not {labels.dtype} {list(labels.shape)}")
     shape = (len(labels), IMAGE_SIZE, IMAGE_SIZE, 3)

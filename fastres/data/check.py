@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from fastres.data import Batch
-from fastres.data.eager import EagerLoader, _PlannedImages
+from fastres.data import Batch, as_split
+from fastres.data.eager import _PlannedImages
 from fastres.data.plan import EpochPlan, crop_padding
 from fastres.data.splits import CIFAR10_MEAN, CIFAR10_STD, Split
 from fastres.errors import UserError, first_line
@@ -34,7 +34,7 @@ def check_loader(
     """
     if plan.mixes:
         raise UserError("plan: check_loader compares images before they are mixed; leave mixup and cutmix out of it")
-    split = EagerLoader(data, lambda epoch: plan, mean=mean, std=std).split
+    split = as_split(data)
     if len(plan) and max(plan.order) >= len(split):
         raise UserError(f"plan: it names image {max(plan.order)}, and the data has {len(split)}")
     planned = _PlannedImages(split, plan, mean, std)
@@ -90,8 +90,9 @@ def _difference(image: torch.Tensor, planned: _PlannedImages, i: int, tolerance:
     if row.flip is not None:
         other = replace(planned, plan=replace(row, flip=1 - row.flip))
         changes["flip: " + ("missing" if row.flip[0] else "the plan has none here")] = other[0][0]
-    if any(_close(image, changed, tolerance) for changed in changes.values()):
-        return next(kind for kind, changed in changes.items() if _close(image, changed, tolerance))
+    for kind, changed in changes.items():
+        if _close(image, changed, tolerance):
+            return kind
     if row.crop is not None:
         padding = crop_padding(planned.split.size)
         for top, left in np.ndindex(2 * padding + 1, 2 * padding + 1):

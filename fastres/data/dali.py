@@ -240,7 +240,7 @@ def accepted(split: Split, workers: int, device: torch.device) -> list[np.ndarra
 
 
 def _decoded_batches(split: Split, workers: int, device: torch.device) -> Iterator[tuple[slice, torch.Tensor | None]]:
-    """Rows of an encoded split and their pixels, until DALI reuses the memory; None for files that it refuses."""
+    """Slices of an encoded split with their pixels, which are valid until the next one; None if DALI refuses a file."""
     batch_size = DECODE_BATCH_LARGE if split.resize or split.size > IMAGE_SIZE else DECODE_BATCH
     batches = [slice(start, start + batch_size) for start in range(0, len(split), batch_size)]
     pipeline: Pipeline | None = None

@@ -68,8 +68,8 @@ class EagerLoader(PlanLoader):
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    """How workers are started: in a job, by CPython 3.11 not as forks of its processes. There a fork waits for ever if
-    one of Gloo's threads holds the interpreter's list of threads at that moment; 3.12 makes that lock anew."""
+    """The start method of workers. In a job under CPython 3.11 it is a fork server: a fork would hang if one of Gloo's
+    threads held the lock of the interpreter's list of threads at that moment; 3.12 renews the lock in the child."""
     if sys.version_info >= (3, 12) or not (dist.is_available() and dist.is_initialized()):
         return multiprocessing.get_context()
     context = multiprocessing.get_context("forkserver")

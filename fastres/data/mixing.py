@@ -14,9 +14,8 @@ def mixed(images: torch.Tensor, labels: torch.Tensor, plan: EpochPlan, rows: sli
 
     Shape: images float32 ``[B, 3, H, W]``; labels int64 ``[B]``, in the result float32 ``[B, num_classes]``.
     """
-    number = np.arange(len(labels))
-    neighbour = number ^ 1
-    partner = torch.from_numpy(np.where(neighbour < len(number), neighbour, number)).to(images.device)
+    # neighbours are images 0 and 1, 2 and 3, ...; the last of an odd number is its own
+    partner = (torch.arange(len(labels), device=images.device) ^ 1).clamp(max=len(labels) - 1)
     others = images[partner]
     if plan.mixup is not None:
         share = _column(plan.mixup[rows], images)
@@ -24,9 +23,9 @@ def mixed(images: torch.Tensor, labels: torch.Tensor, plan: EpochPlan, rows: sli
     else:
         assert plan.cutmix is not None
         top, left, height, width = _column(plan.cutmix[rows], images).T[:, :, None, None, None]
-        size = images.size(3)
-        row, column = torch.arange(size, device=images.device), torch.arange(size, device=images.device)
-        inside = (row[:, None] >= top) & (row[:, None] < top + height) & (column >= left) & (column < left + width)
+        column = torch.arange(images.size(3), device=images.device)
+        row = column[:, None]
+        inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
         images = torch.where(inside, others, images)
         share = 1 - inside.flatten(1).float().mean(1)
     one_hot = F.one_hot(labels, num_classes).float()

@@ -37,13 +37,12 @@ def canonical_schedule(schedule: str, full: int = IMAGE_SIZE) -> str:
 
 
 def _ends(schedule: str, total: int, full: int) -> list[tuple[int, int]]:
-    """The sizes in turn, each with the step of a run of ``total`` before which it ends."""
+    """Each size in turn, and the first step of a run of ``total`` that no longer has it."""
     return [(size, round(until * total)) for size, until in image_sizes(schedule, full)]
 
 
-def steps_of_sizes(schedule: str, total: int, done: int | None = None, full: int = IMAGE_SIZE) -> dict[int, int]:
-    """How many of the first ``done`` (by default, all) of a run's ``total`` steps have each size."""
-    done = total if done is None else done
+def steps_of_sizes(schedule: str, total: int, done: int, full: int = IMAGE_SIZE) -> dict[int, int]:
+    """How many of the first ``done`` of a run's ``total`` steps have each size."""
     ends = [(size, min(end, done)) for size, end in _ends(schedule, total, full)]
     return {size: end - start for (_, start), (size, end) in pairwise([(0, 0), *ends])}
 

@@ -132,9 +132,9 @@ def register_model(name: str) -> None:
 
 
 def init_dirac(model: nn.Module) -> None:
-    """Lets each 3x3 convolution of stride 1 and one group, but the first, begin as the identity, as far as it has
-    channels to: output i is input i, and outputs beyond the inputs keep their weights (Zagoruyko & Komodakis 2017,
-    arXiv:1706.00388; Jordan 2024, arXiv:2404.00498, section 3.2)."""
+    """Lets each 3x3 convolution of stride 1 and one group, but the first, begin as the identity: output i is input i.
+    Outputs beyond the number of inputs keep their weights (Zagoruyko & Komodakis 2017, arXiv:1706.00388; Jordan 2024,
+    arXiv:2404.00498, section 3.2)."""
     for module in model.modules():
         if not isinstance(module, nn.Conv2d):
             continue

@@ -22,7 +22,7 @@ from fastres.training.trainer import Trainer
 
 FORMAT = "fastres checkpoint 4"
 PARTS = {
-    "format", "run", "history", "seconds", "steps_per_epoch", "epoch", "model", "optimizer", "average", "scaler", "rng",
+    "format", "run", "history", "seconds", "steps_per_epoch", "epoch", "model", "optimizer", "scaler", "rng",
     "cuda_rng",
 }  # fmt: skip
 RANDOM_STATES = ("rng", "cuda_rng")
@@ -98,7 +98,6 @@ def snapshot(
         "epoch": epoch and epoch.state_dict(),
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict()["state"],  # the run's settings have the rest
-        "average": None,  # of weights
         "scaler": trainer.scaler.state_dict(),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(trainer.device) if trainer.device.type == "cuda" else None,
@@ -133,7 +132,7 @@ def restore(state: dict[str, Any], trainer: Trainer) -> Epoch | None:
 
     The number of processes may differ; additional processes keep their own random state.
     """
-    distributed.on_rank_0(_check_fits, state, trainer)  # every process would find the same
+    distributed.on_rank_0(_fit_expected(trainer)(check), state, trainer)  # every process would find the same
     with _fit_expected(trainer):
         trainer.model.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": state["optimizer"]})
@@ -160,17 +159,12 @@ def _fit_expected(trainer: Trainer) -> Iterator[None]:
         ) from error
 
 
-def _check_fits(state: dict[str, Any], trainer: Trainer) -> None:
-    with _fit_expected(trainer):
-        check(state, trainer)
-
-
 def check(state: dict[str, Any], trainer: Trainer) -> None:
     """Raises ValueError if ``state``, which has all PARTS, differs in structure from a snapshot of ``trainer``."""
     check_history(state["history"], validated=trainer.config.val_fraction > 0)
     epoch = Epoch.begin(len(state["history"]), trainer.device) if state["epoch"] is not None else None
     expected = snapshot(trainer, state["run"], state["history"], dict.fromkeys(PHASES, 0.0), epoch)
-    for part in ("seconds", "steps_per_epoch", "epoch", "model", "optimizer", "average", "scaler"):
+    for part in ("seconds", "steps_per_epoch", "epoch", "model", "optimizer", "scaler"):
         check_like(state[part], expected[part], part)
     if state["steps_per_epoch"] != trainer.steps_per_epoch:
         raise ValueError(

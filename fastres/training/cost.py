@@ -62,9 +62,8 @@ def measure_rates(config: TrainConfig, device: torch.device, flop: float) -> Mac
 def share_of_limit(
     config: TrainConfig, num_classes: int, steps: dict[int, int], seconds: float, rates: list[Machine]
 ) -> float | None:
-    """The roofline limit of ``steps``, by size of image, at the mean of ``rates``, over the seconds that they took; 1
-    is the limit. None without rates.
-    """
+    """The fewest seconds that the roofline allows for ``steps``, their number by size of image, at the mean of
+    ``rates``, divided by the ``seconds`` that they took: 1 is the limit. None without rates."""
     if not rates:
         return None
     mean = Machine(
@@ -84,12 +83,11 @@ def energy(device: torch.device) -> float | None:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
         handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-        calls = (
-            lambda: nvml.nvmlInit_v2(),
-            lambda: nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)),
-            lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)),
-        )
-        if any(call() for call in calls):  # an error number
+        if (
+            nvml.nvmlInit_v2()  # 0, or the number of an error
+            or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle))
+            or nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
+        ):
             return None
     except (OSError, AttributeError):
         return None

@@ -26,7 +26,7 @@ def launched() -> bool:
 def refuse(parser: ArgumentParser) -> None:
     """Exits with one line if torchrun started a command that runs in a single process."""
     if launched():
-        line = f"{parser.prog}: error: trains in one process; start it without torchrun\n"
+        line = f"{parser.prog}: error: runs in one process; start it without torchrun\n"
         parser.exit(2, line if os.environ["RANK"] == "0" else None)
 
 

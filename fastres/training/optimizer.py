@@ -41,8 +41,8 @@ def adamw(parameters: Parameters, config: "TrainConfig", lr: Any) -> Optimizer:
 
 
 def muon(parameters: Parameters, config: "TrainConfig", lr: Any) -> Optimizer:
-    """Muon for all convolutions but the stem; SGD for the stem, the head, norms and biases, and all else, of which the
-    vectors are not decayed."""
+    """Muon for all convolutions but the stem, SGD for everything else; its vectors, those of norms and biases, are not
+    decayed."""
     parameters = list(parameters)
     vectors = [p for p in parameters if p.squeeze().ndim <= 1]
     others = [p for p in parameters if p.squeeze().ndim > 1]

@@ -16,7 +16,7 @@ import torch
 from fastres.config import TrainConfig
 from fastres.data import Loader, create_loader
 from fastres.data.plan import EpochPlan, evaluation_plan, resized, training_plan
-from fastres.data.sizes import size_of_steps, steps_of_sizes
+from fastres.data.sizes import image_sizes, size_of_steps, steps_of_sizes
 from fastres.data.splits import Dataset, Split
 from fastres.errors import Interrupted, RunError, UserError
 from fastres.fields import as_json
@@ -141,8 +141,9 @@ class Run:
     @cached_property
     def flop_an_image(self) -> dict[int, float]:
         """Floating-point operations of training on an image, by its size."""
-        classes = len(self.dataset.classes)
-        return {size: flop_an_image(self.config, classes, size) for size in self.steps_of_sizes(0)}
+        config, classes = self.config, len(self.dataset.classes)
+        sizes = image_sizes(config.image_size_schedule, config.image_size)
+        return {size: flop_an_image(config, classes, size) for size, _ in sizes}
 
     @cached_property
     def train_loader(self) -> Loader:
@@ -188,7 +189,8 @@ class Run:
                 self.warm_up_seconds = self.trainer.warm_up()
             if not self.resumed:
                 self._save()
-            log = EventLog(folder, len(self.history) + 1) if distributed.rank() == 0 else None
+            writes = distributed.rank() == 0
+            log = EventLog(folder, len(self.history) + 1) if writes else None
             before = energy(self.device)
             with self.clock.phase("training"):
                 while len(self.history) < self.config.epochs and not self._reached_target:
@@ -202,11 +204,11 @@ class Run:
             if before is not None and after is not None and not self.resumed:
                 self.joules = after - before
             self._measure()
-            if log:
+            if writes:
                 with self.clock.phase("writing"):
                     save_weights(self.trainer.model, folder / "last.safetensors")
             summary = summarize(self)
-            if log:
+            if writes:
                 write_json(folder / "summary.json", summary)
             return summary
 

@@ -1,14 +1,11 @@
 """summary.json: what a finished run reached, what it cost, and where."""
 
-import shlex
-import sys
 from dataclasses import asdict
-from datetime import datetime
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from fastres.config import ENGINE
-from fastres.machine import commit, device_name, peak_memory_mb, versions
+from fastres.machine import device_name, peak_memory_mb, provenance
 from fastres.training import distributed
 from fastres.training.cost import share_of_limit
 from fastres.training.history import best_row, cumulative_seconds, target_row
@@ -81,8 +78,5 @@ def summarize(run: "Run") -> dict[str, Any]:
         "world_size": distributed.world_size(),
         **{name: getattr(config, name) for name in ENGINE},
         "seed": config.seed,
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "date": f"{datetime.now():%Y-%m-%d %H:%M}",
-        "versions": versions(),
-        "commit": commit(),
+        **provenance(),
     }

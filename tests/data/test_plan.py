@@ -222,13 +222,13 @@ def test_sizes_of_a_run():
     assert image_sizes("none") == [(32, 1.0)]
     assert image_sizes("16:.3, 24:0.65") == [(16, 0.3), (24, 0.65), (32, 1.0)]
     for schedule, total in (("none", 5), ("24:0.65", 100), ("16:0.3,24:0.65", 37), ("24:0.1", 2), ("8:0.9", 1)):
-        counts = steps_of_sizes(schedule, total)
+        counts = steps_of_sizes(schedule, total, total)
         assert sum(counts.values()) == total
         assert counts[32] >= (1 - max([0, *(until for _, until in image_sizes(schedule)[:-1])])) * total - 0.5
         sizes = size_of_steps(schedule, np.arange(total), total)
         assert sizes.dtype == np.int32
         assert sizes.tolist() == [size for size, count in counts.items() for _ in range(count)]
-    assert steps_of_sizes("24:0.65", 100) == {24: 65, 32: 35}
+    assert steps_of_sizes("24:0.65", 100, 100) == {24: 65, 32: 35}
 
 
 @pytest.mark.parametrize(

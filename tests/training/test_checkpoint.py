@@ -143,7 +143,6 @@ def change(*path, to):
             r"optimizer 7 momentum_buffer is a strided float32 \[3\] instead of",
         ),
         (change("optimizer", to=lambda state: {}), "optimizer has no '0'"),
-        (change("average", to=lambda average: {}), "average is dict instead of NoneType"),
         (change("scaler", to=lambda scaler: []), "scaler is list instead of dict"),
         (change("rng", 0, to=lambda rng: rng[1:]), "rng is a strided uint8"),
         (change("rng", to=torch.zeros(9)), "rng has not a state for each process"),

@@ -459,7 +459,7 @@ def test_other_command_lines_are_for_one_process(module, one_of_torchrun, capfd)
     command_line = CommandLine(capfd, module.main)
     one_of_torchrun()
     assert command_line("architecture", "--epochs", 1) == 2
-    assert command_line.err == f"python -m {module.__name__}: error: trains in one process; start it without torchrun\n"
+    assert command_line.err == f"python -m {module.__name__}: error: runs in one process; start it without torchrun\n"
     one_of_torchrun(RANK="1")
     assert (command_line("architecture"), command_line.err) == (2, "")
 
@@ -471,7 +471,7 @@ def test_restarts_need_and_recognise_their_folder(one_of_torchrun, command_line,
     assert re.search(r"error: --output-dir: needed with torchrun's --max-restarts.*\n$", command_line.err)
 
     one_of_torchrun(TORCHELASTIC_RESTART_COUNT="1")
-    flags = (*FLAGS, "--epochs", 1, "--warmup-epochs", 0, "--output-dir", tmp_path)
+    flags = (*FLAGS, "--epochs", 1, "--warmup-epochs", 0, "--amp", "auto", "--output-dir", tmp_path)
     for name in (".lock", "config.json"):  # the first start died before it saved anything
         (tmp_path / name).touch()
     assert command_line(*flags) == 0
