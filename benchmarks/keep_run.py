@@ -38,9 +38,9 @@ def kept(run: Path, data: str | None = None) -> dict[str, Any]:
 
 def without_folders(command: str) -> str:
     for pattern, text in (
-        (r" --output-dir[ =]\S+", ""), (r"--data-dir[ =]\S+", "--data-dir DIR"), (r"--resume[ =]\S+", "--resume RUN"),
+        (" --output-dir", ""), ("--data-dir", "--data-dir DIR"), ("--resume", "--resume RUN"),
     ):  # fmt: skip
-        command = re.sub(pattern, text, command)
+        command = re.sub(rf"{pattern}[ =]('[^']*'|\S)+", text, command)  # as shlex quotes it
     return command
 
 

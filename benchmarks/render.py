@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from io import StringIO
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pandas as pd
 from recipes import Content, Steps, draw, reached
@@ -323,16 +324,14 @@ def claims_table(contents: list[Content]) -> str:
     """Every published figure that the kept studies can be compared with, and whether they agree; those of runs that a
     larger study shares are in the smaller one's rows."""
     rows: list[dict[str, str]] = []
-    judged: set[tuple[str, ...]] = set()
+    judged: set[tuple[Any, ...]] = set()
     for study in sorted((content for content in contents if "study" in content), key=lambda one: len(one["runs"])):
-        results = read_results(study["folder"], study)
-        runs = {as_markdown(result.label): result.summaries for result in results}
-        for row in claims(study, results):
-            labels, _, figure = row["figure"].rpartition(": ")
-            summaries = [summary for label in labels.split(" minus ") for summary in runs[label]]
-            keys = {(figure, row["published"], one["model"], str(one["seed"]), one["date"]) for one in summaries}
+        for claim in claims(study, read_results(study["folder"], study)):
+            summaries = [summary for run in claim.runs for summary in run.summaries]
+            figure = claim.metric, claim.row["published"], len(claim.runs)
+            keys = {(*figure, one["model"], one["seed"], one["date"]) for one in summaries}
             if not keys <= judged:
-                rows.append({"study": f"`{study['study']}`", **row})
+                rows.append({"study": f"`{study['study']}`", **claim.row})
             judged |= keys
     return table_of(sorted(rows, key=lambda row: row["study"]))
 
@@ -363,7 +362,7 @@ def _newest(contents: list[Content], benchmark: str, *candidates: str) -> Iterat
         for row in content["rows"]:
             if row["benchmark"] == benchmark:
                 measured.setdefault((row["device"], row["case"]), {})[row["candidate"]] = content | row
-        found |= measured
+        found = {key: rows for key, rows in found.items() if key not in measured} | measured  # the newest last
     for rows in found.values():
         yield tuple(rows.get(name, {}) for name in candidates)
 

@@ -168,7 +168,7 @@ study() { # NAME FLAG...
 
 stage_studies() {
     [[ ${DATA:-} ]] || return 0
-    step doctor 60 "$PYTHON" -m fastres.doctor # whose outcome is kept, or all four would look for themselves
+    step doctor 60 "$PYTHON" -m fastres.doctor # whose outcome is kept, or each step below would check for itself
     study schedule --jobs 5 & # has the runs of three others
     study residual --jobs 3 &
     (study fast --seeds 0,1,2 --jobs 2; study architecture --seeds 0,1,2 --reuse "$RESULTS") &

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m fastres.
     def command() -> None:
         flags = parser.parse_flags(arguments)
         groups, folder, console = read_groups(flags["runs"]), flags["output_dir"], open_console()
-        console.print(Markdown(comparison(groups)), soft_wrap=False)
+        console.print(Markdown(comparison(groups, {})), soft_wrap=False)
         if folder:
             with claimed(folder, ("compare.html", "compare.md")):
                 console.print(f"page: {write_comparison(groups, folder)}")

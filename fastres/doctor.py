@@ -58,7 +58,8 @@ def report(device: torch.device) -> list[str]:
     rows: list[tuple[str, bool | None, str]] = [
         ("machine", None, f"{device_name(device)}; {', '.join(map(' '.join, versions().items()))}")
     ]
-    rows.append(("C++ extension", not extension_error, extension_error or "loads"))
+    missing = None if device.type == "cuda" else False  # a GPU does not use it
+    rows.append(("C++ extension", missing if extension_error else True, extension_error or "loads"))
     rows += [(name, *found) for name, found in (("bf16, channels-last", mixed(device)), ("memory", memory(device)))]
     for name, fault in check_all(device).items():
         compared = (CHECKS[name].__doc__ or "").strip()

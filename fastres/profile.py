@@ -228,9 +228,9 @@ def plan_rows(
 ) -> tuple[list[tuple[str, TrainConfig, bool]], list[str]]:
     """Name, settings, and whether in a plain loop, of each row; and a line with the reason for each that is left out.
 
-    The rows are eager PyTorch in a plain loop; the same with one thing more at a time; and in fastres' own loop torch's
-    modules compiled, on CUDA fastres compiled, and fastres. On CUDA the former are compiled by max-autotune without
-    coordinate descent, in CUDA graphs of the compiler's own, and the latter by max-autotune inside fastres' graph.
+    The first is eager PyTorch in a plain loop, to which each further one adds one thing. In fastres' own loop follow
+    torch's modules compiled (on CUDA by max-autotune without coordinate descent, in CUDA graphs of the compiler's own),
+    on CUDA fastres compiled (by max-autotune, inside fastres' graph), and fastres.
     """
     on_cuda = defaults.device == "cuda"
     compile_too = on_cuda if compile is None else compile

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def run_study(planner: Planner, resume: bool, console: Console) -> None:
     if config.decide and len(planner.study.runs) < 2:
         raise UserError(f"--decide {config.decide:g}: {planner.study.name} has a single run; it takes two to differ")
     seeds, planned = list(config.seeds), planner.plan(config.seeds)
+    new = len(seeds)
     check_folder(folder, planned, resume)
     executor = Executor(places(config.jobs, planned[0].config.device))
     if share_gpus(config.jobs, planned[0].config.device):
@@ -80,6 +82,7 @@ def run_study(planner: Planner, resume: bool, console: Console) -> None:
     with claimed(folder, () if resume else ("study.json", "report.md", "report.html")):
         date = start_date(folder) if resume else f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         while True:
+            begin = time.monotonic()
             write_json(folder / "study.json", describe(planner, planned, seeds, date))
             for run in planned:
                 if not run.folder.exists() and (found := find(run)):
@@ -88,15 +91,17 @@ def run_study(planner: Planner, resume: bool, console: Console) -> None:
             with study_progress(console, planned) as (advance, done):
                 executor.train([run for run in planned if not run.finished], advance, done)
             report = write_report(folder, config.price_per_hour)
-            if not config.decide or settled(folder, config, seeds, time.monotonic() - start, console):
+            now = time.monotonic()
+            if not config.decide or settled(folder, config, seeds, now - start + (now - begin) / new, console):
                 break
             seeds.append(max(seeds) + 1)
+            new = 1
             planned = planner.plan(seeds)
         console.print(f"report: {report} and {report.with_suffix('.md').name}")
 
 
 def settled(folder: Path, config: StudyConfig, seeds: list[int], seconds: float, console: Console) -> bool:
-    """Whether the study is decided, or has reached its limits; says which."""
+    """Whether the study is decided, or has reached its limits; says which. ``seconds``: with another seed."""
     assert config.decide
     found = decisions(read_results(folder, read_json(folder / "study.json")), config.decide)
     for decision in found:
@@ -106,7 +111,7 @@ def settled(folder: Path, config: StudyConfig, seeds: list[int], seconds: float,
     if len(seeds) >= config.max_seeds:
         console.print(f"undecided with --max-seeds {config.max_seeds}")
         return True
-    hours = seconds * (len(seeds) + 1) / len(seeds) / 3600
+    hours = seconds / 3600
     if 0 < config.max_hours < hours:
         console.print(f"undecided: another seed would make it {hours:.2g} hours, --max-hours is {config.max_hours:g}")
         return True
@@ -162,10 +167,8 @@ def describe(planner: Planner, planned: list[PlannedRun], seeds: Sequence[int], 
             }
         )
     overrides = {name: value for name, value in planner.overrides.items() if name != "data_dir"}
-    return {
+    return asdict(study) | {
         "study": study.name,
-        "title": study.title,
-        "source": study.source,
         "date": date,
         "scale": config.scale,
         "data_scale": config.data_scale,
@@ -174,11 +177,6 @@ def describe(planner: Planner, planned: list[PlannedRun], seeds: Sequence[int], 
         "decide": config.decide,
         "overrides": {name.replace("_", "-"): str(value) for name, value in overrides.items()},
         "runs": runs,
-        "notes": study.notes,
-        "repeated": study.repeated,
-        "figures": [vars(figure) for figure in study.figures],
-        "phases": [vars(phase) for phase in study.phases],
-        "ablations": [vars(ablation) for ablation in study.ablations],
         "conjectures": [
             {
                 "text": item.text,
@@ -216,7 +214,7 @@ def study_progress(console: Console, planned: list[PlannedRun]) -> Iterator[tupl
 
         def done(run: PlannedRun, summary: dict[str, Any]) -> None:
             if run.name in bars:
-                progress.remove_task(bars[run.name])
+                progress.remove_task(bars.pop(run.name))
             progress.console.print(
                 f"{planned.index(run) + 1}/{len(planned)} {run.name}: best {summary['best_accuracy']:.2f} %, last "
                 f"{summary['last_accuracy']:.2f} %, {summary['epoch_seconds']:.2f} s an epoch, "

@@ -458,7 +458,7 @@ def test_runs_are_kept_and_shown_with_their_command(between, tmp_path):
     summary = {
         "best_accuracy": 90.333, "last_accuracy": 89.5, "epoch_seconds": 48.37, "images_per_second": 309.6,
         "data_wait_fraction": 0.0027, "device": "Some CPU", "versions": VERSIONS, "commit": "0123456789",
-        "command": f"python -m fastres.train --data-dir{between}/home/me/x --output-dir{between}/home/me/y --lr 1",
+        "command": f"python -m fastres.train --data-dir{between}/home/me/x --output-dir{between}'/me/my runs/y' --lr 1",
         "date": "2026-01-02 03:04", "dataset": "digits", "epochs_work": 0.47,
     }  # fmt: skip
     (tmp_path / "summary.json").write_text(json.dumps(summary))

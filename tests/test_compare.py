@@ -44,6 +44,12 @@ def test_two_groups_paired_by_seed(command_line, runs):
     assert "amp" not in text
 
 
+def test_a_run_in_the_working_folder_has_its_name(command_line, runs, monkeypatch):
+    monkeypatch.chdir(runs / "bad-seed0")
+    assert command_line(".", runs / "good-seed0") == 0
+    assert "bad" in command_line.out.split()
+
+
 def test_the_page_has_both_pictures_inside(command_line, runs, tmp_path):
     assert command_line(*runs.glob("*-seed*"), "--output-dir", tmp_path / "out") == 0
     page = (tmp_path / "out/compare.html").read_text()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -311,6 +312,7 @@ def test_a_finished_run_is_reused(command_line, tiny_runs, flags, tmp_path, monk
     monkeypatch.setenv("FASTRES_COMMIT", "abc")
     alone = [*flags[:-1], tmp_path / "first", "--no-eager-cost", "--epochs", 1]
     assert command_line(*alone) == 0
+    shutil.copytree(tmp_path / "first/low-seed0", tmp_path / "first/low-seed0.tmp")  # a copy that was cut off
     monkeypatch.setattr(execute, "COMMAND", (sys.executable, "-c", "raise SystemExit(3)"))
     again = [*flags[:-1], tmp_path / "out", "--no-eager-cost", "--epochs", 1, "--reuse", tmp_path]
     assert command_line(*again) == 0
@@ -337,6 +339,9 @@ def test_the_first_run_that_fails_ends_the_others(command_line, flags, tmp_path,
     assert command_line(*flags, "--no-eager-cost", "--jobs", 2) == 1
     assert time.monotonic() - start < 50
     assert command_line.err.endswith("error: high rate, seed 0: low memory\n")
+    monkeypatch.setattr(execute, "COMMAND", (sys.executable, "-c", "import os; os._exit(2)"))  # without a word
+    assert command_line(*flags, "--no-eager-cost", "--resume") == 1
+    assert command_line.err.endswith("low-seed0: the run ended with exit code 2; mend it and add --resume\n")
 
 
 @pytest.fixture
@@ -399,6 +404,7 @@ def test_labels_are_shown_as_they_are_on_a_terminal(monkeypatch, capfd):
         time.sleep(0.2)
     with study.study_progress(open_console(), [run]) as (_, done):
         done(run, summary)
+        done(run, summary)  # a second one of that label
     shown = capfd.readouterr().out
     assert "[/x] :car: " in shown  # beside the bar
     assert "1/1 [/x] :car:: best 0.00 %" in shown
@@ -621,6 +627,7 @@ def conjecture(**values):
         ("lr = 0.02", "zero-gamma = true", r"tiny, run high: --zero-gamma: vgg11 has no residual blocks"),
         ("lr = 0.02", 'augmentation = "crop-x"', r"tiny, run high: --augmentation 'crop-x': .* the steps are crop, "),
         ("lr = 0.02", "seed = 1", r"runs.high.flags.seed: leave it out; --seeds gives the seeds"),
+        ("lr = 0.02", "milestones = [1]", r"tiny, run high: --milestones 1: needs --schedule multistep"),
         ("lr = 0.02", 'classes = ["cow"]', r"tiny, run high: --classes: .* has no cow"),
         ("lr = 0.02", "batch-size = 90", r"tiny, run high: --batch-size 90: larger than the training set of 60"),
         ("best_accuracy", "accuracy", r"unknown key runs.low.published.accuracy; did you mean .*best_accuracy"),

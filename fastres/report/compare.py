@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -70,7 +69,7 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
         settings.setdefault(key, own)
     groups = []
     for key, members in found.items():
-        label = re.sub(r"-seed\d+$", "", members[0].name)
+        label = re.sub(r"-seed\d+$", "", members[0].resolve().name)
         try:
             results = Results.read(label, label, members)
         except (OSError, ValueError) as error:
@@ -103,7 +102,7 @@ def write_comparison(groups: Sequence[Group], folder: Path) -> Path:
     return write_page(folder, "compare", title_of(groups), f"{runs} runs", comparison(groups, pictures), pictures)
 
 
-def comparison(groups: Sequence[Group], pictures: Mapping[str, str] = MappingProxyType({})) -> str:
+def comparison(groups: Sequence[Group], pictures: Mapping[str, str]) -> str:
     """The comparison as Markdown. ``pictures`` are titles by path."""
     results = [group.results for group in groups]
     first, *others = results

@@ -27,18 +27,15 @@ NOTE: dict[str, Any] = {"fontsize": "small", "color": "0.4"}
 
 
 @styled
-def draw_figures(
-    folder: Path, chosen: list[dict[str, Any]], results: list[Results], note: str, timed: bool
-) -> dict[str, str]:
+def draw_figures(folder: Path, chosen: list[dict[str, Any]], results: list[Results], note: str) -> dict[str, str]:
     """Draws all figures of a study to ``folder``, and returns their titles by path in the report.
 
-    ``chosen`` names the titles and runs of the curves; without any, one figure shows all runs. ``timed``: accuracy
-    against seconds, too.
+    ``chosen`` names the titles and runs of the curves; without any, one figure shows all runs.
     """
     by_name = {result.name: result for result in results}
     chosen = chosen or [{"title": CURVES, "runs": list(by_name)}]
     drawn = [(figure["title"], curves([by_name[name] for name in figure["runs"]], note)) for figure in chosen]
-    if timed:
+    if results[0].timed:
         drawn.append(("Accuracy against seconds of training", pareto(results, note)))
     selected = results[0].summaries[0].get("select", "best")
     drawn.append((f"Confusion of the {selected} epoch", confusion(results, note)))
@@ -153,14 +150,14 @@ def confusion(results: list[Results], note: str) -> Figure:
     """Of each run, summed over seeds: the percentage of each true class that was taken for each class."""
     columns = min(len(results), CONFUSION_COLUMNS)
     rows = -(-len(results) // columns)
-    classes = list(results[0].summaries[0]["per_class_accuracy"])
-    side = side_of(classes)
+    classes = [list(result.summaries[0]["per_class_accuracy"]) for result in results]
+    side = max(map(side_of, classes))
     figure = Figure(figsize=(side * columns, (side + 0.2) * rows), layout="constrained")
     figure.suptitle(note, **NOTE)
     grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, result in zip(grid.flat, results, strict=False):
+    for axes, result, names in zip(grid.flat, results, classes, strict=False):
         counts = np.sum([summary["confusion_matrix"] for summary in result.summaries], axis=0)
-        draw_confusion(axes, counts, classes, result.label)
+        draw_confusion(axes, counts, names, result.label)
     for axes in grid.flat[len(results) :]:
         axes.set_axis_off()
     return figure

@@ -44,8 +44,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def table_of(rows: Sequence[dict[str, str]]) -> str:
-    """A Markdown table. ``rows`` are cells by column; missing ones are empty."""
+    """A Markdown table. ``rows`` are cells by column; missing ones are empty, and a column of these is left out."""
     frame = pd.DataFrame(rows).fillna("")
+    frame = frame.loc[:, (frame != "").any()]
     return table(list(frame), frame.to_numpy().tolist())
 
 

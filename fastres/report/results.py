@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +13,10 @@ import pandas as pd
 from fastres.errors import UserError
 from fastres.files import read_json
 from fastres.report.statistics import CONFIDENCE, Difference, difference
+from fastres.studies import FIRST_EPOCHS
 from fastres.training.history import check_history
 
-FIRST_EPOCHS = 5  # the early part of a run that Study A compares
-CONSTANT = ("params_millions", "epochs")  # figures that are the same for every seed
+CONSTANT = ("params_millions", "epochs", "epochs_work")  # figures that are the same for every seed
 SUMMARY: dict[Any, tuple[str, ...]] = {  # the part of summary.json that a report reads, by type
     str: ("model", "dataset", "best_selected_on", "device", "loader", "amp"),
     str | None: ("commit",),
@@ -89,7 +89,7 @@ class Results:
     @property
     def phases(self) -> pd.Series:
         """Mean seconds of wall time by phase; empty for runs of versions that had no clock."""
-        known = [summary["phase_seconds"] for summary in self.summaries if "phase_seconds" in summary]
+        known = [summary.get("phase_seconds", {}) for summary in self.summaries]
         return pd.DataFrame(known).mean().rename(lambda name: name.replace("_", "-"))
 
     def minus(self, other: "Results", metric: str, confidence: float = CONFIDENCE) -> Difference:
@@ -114,6 +114,11 @@ class Results:
         return self.summaries[0]["model"]
 
     @property
+    def timed(self) -> bool:
+        """Whether its seconds are known."""
+        return bool(self.figures["epoch_seconds"].notna().all())
+
+    @property
     def times_eager(self) -> float:
         """Images a second relative to eager PyTorch, in which the model was trained, too."""
         assert self.eager is not None
@@ -127,7 +132,7 @@ class Results:
 def read_results(folder: Path, study: dict[str, Any]) -> list[Results]:
     """The results in ``folder`` of the runs that ``study``, the content of study.json, names."""
     try:
-        return [
+        results = [
             Results.read(
                 run["name"],
                 run["label"],
@@ -142,6 +147,19 @@ def read_results(folder: Path, study: dict[str, Any]) -> list[Results]:
         raise UserError(
             f"{folder}: runs of the study are missing or damaged ({error}); delete damaged ones and add --resume"
         ) from error
+    return results if study.get("report_seconds", True) else list(map(without_seconds, results))
+
+
+def without_seconds(result: Results) -> Results:
+    """``result`` as read where other work shared the machine: its seconds, NaN, are not its own."""
+    history = result.history.copy()
+    history["epoch_seconds"] = math.nan
+    unknown: dict[str, Any] = dict.fromkeys(("epoch_seconds", "images_per_second", "train_seconds"), math.nan) | {
+        "phase_seconds": {}
+    }
+    published = {name: value for name, value in result.published.items() if name != "epoch_seconds"}
+    summaries = [summary | unknown for summary in result.summaries]
+    return replace(result, history=history, summaries=summaries, published=published, eager=None)
 
 
 def read_history(folder: Path) -> pd.DataFrame:
@@ -178,7 +196,8 @@ def decoded(content: Any) -> Any:
 
 
 def one_of_each_model(results: list[Results]) -> list[Results]:
-    first: dict[str, Results] = {}
+    """The first result of each model and size of its images, by which its arithmetic differs."""
+    first: dict[tuple[str, float], Results] = {}
     for result in results:
-        first.setdefault(result.model, result)
+        first.setdefault((result.model, result.forward_gflop), result)
     return list(first.values())

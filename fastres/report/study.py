@@ -12,7 +12,7 @@ from fastres.config import ENGINE
 from fastres.files import read_json
 from fastres.report.figures import draw_figures
 from fastres.report.page import as_markdown, fill, table_of, write_page
-from fastres.report.results import CONSTANT, FIRST_EPOCHS, Estimate, Results, decoded, one_of_each_model, read_results
+from fastres.report.results import CONSTANT, Estimate, Results, decoded, one_of_each_model, read_results
 from fastres.report.statistics import (
     CONFIDENCE,
     MOST_SEEDS,
@@ -24,30 +24,12 @@ from fastres.report.statistics import (
     judge,
     more_seeds,
 )
+from fastres.studies import FIRST_EPOCHS, METRICS
 from fastres.training.start import RESUMABLE
 
 TARGETS = (80, 85, 90)  # test accuracies in % whose time-to-reach is reported
 
 
-class Metric(NamedTuple):
-    """A column of the accuracy table, and the words for a difference in it: 1.23 ``unit`` ``name``."""
-
-    title: str
-    digits: int
-    name: str
-    unit: str = "points of "
-
-
-METRICS = {
-    "best_accuracy": Metric("best, %", 2, "best accuracy"),
-    "last_accuracy": Metric("last, %", 2, "accuracy at the last epoch"),
-    "mean_accuracy": Metric(f"mean of epochs 1-{FIRST_EPOCHS}, %", 2, f"mean accuracy of epochs 1 to {FIRST_EPOCHS}"),
-    "spread": Metric("their spread", 2, f"spread in epochs 1 to {FIRST_EPOCHS}"),
-    "test_loss": Metric("test loss", 4, "test loss", "of "),
-    "params_millions": Metric("params, M", 2, "million parameters", ""),
-    "epochs": Metric("epochs", 0, "epochs", ""),
-    "epoch_seconds": Metric("s/epoch", 2, "seconds an epoch", ""),
-}
 CLAIMED = ("best_accuracy", "last_accuracy", "mean_accuracy", "test_loss", "params_millions")  # what can be judged
 NEUTRAL = RESUMABLE - {"epochs", "select", "target_accuracy"} | {*ENGINE}  # they leave accuracies as they are
 
@@ -60,7 +42,7 @@ def write_report(folder: Path, price_per_hour: float = 0.0) -> Path:
     study = decoded(read_json(folder / "study.json"))
     results = read_results(folder, study)
     scale = scale_line(study)
-    figures = draw_figures(folder / "figures", study["figures"], results, scale, timed(study))
+    figures = draw_figures(folder / "figures", study["figures"], results, scale)
     content = report(study, results, figures, price_per_hour)
     return write_page(folder, "report", study["title"], scale, content, figures)
 
@@ -75,8 +57,7 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         study=study,
         scale=scale_line(study),
         results=results,
-        timed=timed(study),
-        models=one_of_each_model(results) if timed(study) else [],
+        models=one_of_each_model(results),
         runs={result.name: result for result in results},
         compared=compared,
         ranked=len(compared) > 2
@@ -85,16 +66,16 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         versions=dict.fromkeys(f"{name} {number}" for one in summaries for name, number in one["versions"].items()),
         figures=list(figures.items()),
         noise={metric: max(values) - min(values) for metric, values in study.get("repeated", {}).items()},
-        accuracy_table=accuracy_table(study, results),
-        claims_table=table_of(rows) if (rows := claims(study, results)) else "",
+        accuracy_table=accuracy_table(results),
+        claims_table=table_of(rows) if (rows := [found.row for found in claims(study, results)]) else "",
         departures=departures(study) if any(set(CLAIMED) & result.published.keys() for result in results) else "",
         phase_table=phase_table(study, results),
         tricks_table=tricks_table(study, results),
         losses_table=losses_table(study, results),
-        cost_table=cost_table(study, results),
-        time_table=time_table(results, price_per_hour) if timed(study) else "",
-        phases_table=phases_table(results) if timed(study) else "",
-        first_to={target: first_to(results, target) for target in TARGETS} if timed(study) else {},
+        cost_table=cost_table(results),
+        time_table=time_table(results, price_per_hour),
+        phases_table=phases_table(results),
+        first_to={target: first_to(results, target) for target in TARGETS},
         decisions=map(decision_line, decisions(results, study["decide"])) if study.get("decide") else (),
         growth=growth,
         verdict=verdict,
@@ -106,11 +87,6 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         Estimate=Estimate,
         rate=rate,
     )
-
-
-def timed(study: dict[str, Any]) -> bool:
-    """Whether the seconds of the runs are their own: no other work shared the machine."""
-    return study.get("report_seconds", True)
 
 
 def compared_with_the_first(study: dict[str, Any], results: list[Results]) -> list[Results]:
@@ -133,7 +109,7 @@ def scale_line(study: dict[str, Any]) -> str:
 
 def growth(before: Sequence[Results], after: Sequence[Results], metric: str) -> Difference:
     """How much larger the difference of the two runs ``after`` a change is than that of the two ``before`` it."""
-    changes = [first.figures[metric] - second.figures[metric] for first, second in (after, before)]
+    changes = [(first.figures[metric] - second.figures[metric]).dropna() for first, second in (after, before)]
     return difference(*changes)
 
 
@@ -191,13 +167,13 @@ def decision_line(decision: Decision) -> str:
     return f"{decision.other} minus {decision.first}: {found} points after {after}: {decision.verdict}"
 
 
-def accuracy_table(study: dict[str, Any], results: list[Results]) -> str:
-    rows, metrics = [], {name: metric for name, metric in METRICS.items() if timed(study) or name != "epoch_seconds"}
+def accuracy_table(results: list[Results]) -> str:
+    rows = []
     for result in results:
-        measured = {metric.title: result.estimate(name).text(metric.digits) for name, metric in metrics.items()}
+        measured = {metric.title: result.estimate(name).text(metric.digits) for name, metric in METRICS.items()}
         rows.append({"run": f"**{as_markdown(result.label)}**"} | measured)
         if result.published:
-            figures = ((metric, result.published[name]) for name, metric in metrics.items() if name in result.published)
+            figures = ((metric, result.published[name]) for name, metric in METRICS.items() if name in result.published)
             rows.append({"run": "*published*"} | {metric.title: f"{x:,.{metric.digits}f}" for metric, x in figures})
     return table_of(rows)
 
@@ -212,26 +188,39 @@ def departures(study: dict[str, Any]) -> str:
     return ", ".join(found)
 
 
-def claims(study: dict[str, Any], results: list[Results]) -> list[dict[str, str]]:
-    """Rows of a table: every published figure but seconds, and every published difference in accuracy of a run from the
-    first, beside ours and whether they agree; with ``departures``, only what the seed does not change."""
-    rows, compared = [], compared_with_the_first(study, results)
+class Claim(NamedTuple):
+    """A published figure ``metric`` of a run, or its difference from another's, and the ``row`` of a table in which it
+    stands beside ours."""
+
+    runs: tuple[Results, ...]
+    metric: str
+    row: dict[str, str]
+
+
+def claims(study: dict[str, Any], results: list[Results]) -> list[Claim]:
+    """Every published figure but seconds, and every published difference in accuracy of a run from the first, beside
+    ours and whether they agree; with ``departures``, only what the seed does not change."""
+    found, compared = [], compared_with_the_first(study, results)
     for name in (name for name in CLAIMED if name in CONSTANT or not departures(study)):
         known = [one for one in results if name in one.published]
         for one in known:
-            rows.append(claim(one.label, name, one.published[name], one.figures[name], one.sampling_error(name)))
+            row = claim(one.label, name, one.published[name], one.figures[name], one.sampling_error(name))
+            found.append(Claim((one,), name, row))
         for one in compared[1:] if name.endswith("accuracy") else []:
             other = compared[0]
             if one in known and other in known:
                 published = one.published_minus(other, name).value
                 changes = (one.figures[name] - other.figures[name]).dropna()
+                if len(changes) < 2:  # the difference of the means, as in the findings
+                    changes = pd.Series([one.minus(other, name).value])
                 error = math.hypot(one.sampling_error(name), other.sampling_error(name))
-                rows.append(claim(f"{one.label} minus {other.label}", name, published, changes, error, sign="+"))
-    return rows
+                row = claim(f"{one.label} minus {other.label}", name, published, changes, error, sign="+")
+                found.append(Claim((one, other), name, row))
+    return found
 
 
 def claim(label: str, name: str, published: float, ours: pd.Series, error: float, sign: str = "") -> dict[str, str]:
-    """A row of ``claims``, of a figure ``name`` of METRICS. ``sign``: + to show it where it is positive."""
+    """The row of a Claim, of a figure ``name`` of METRICS. ``sign``: + to show it where it is positive."""
     metric = METRICS[name]
     number = f"{{:{sign},.{metric.digits}f}}".format
     found = judge(published, ours, error, 0.5 * 10**-metric.digits, name in CONSTANT)
@@ -275,6 +264,9 @@ def tricks_table(study: dict[str, Any], results: list[Results]) -> str:
     """How accuracy at the last epoch, epochs' work and seconds change when a trick is added: to a run without tricks,
     and to a run that has all the others."""
     runs, rows = {result.name: result for result in results}, []
+    metrics = {"points": "last_accuracy", "epochs' work": "epochs_work", "seconds": "train_seconds"}
+    if len({work for result in results for work in result.figures.get("epochs_work", ())}) < 2:
+        del metrics["epochs' work"]
     for item in study.get("ablations", []):
         row = {"run": as_markdown(runs[item["baseline"]].label), "trick": f"**{as_markdown(item['label'])}**"}
         for words, with_it, without_it in (
@@ -282,10 +274,7 @@ def tricks_table(study: dict[str, Any], results: list[Results]) -> str:
             ("in the whole", "whole", "left_out"),
         ):
             more, less = runs[item[with_it]], runs[item[without_it]]
-            row[f"{words}: points"] = more.minus(less, "last_accuracy").text()
-            row[f"{words}: epochs' work"] = more.minus(less, "epochs_work").text()
-            if timed(study):
-                row[f"{words}: seconds"] = more.minus(less, "train_seconds").text()
+            row |= {f"{words}: {title}": more.minus(less, name).text() for title, name in metrics.items()}
         rows.append(row)
     return table_of(rows) if rows else ""
 
@@ -294,35 +283,35 @@ def losses_table(study: dict[str, Any], results: list[Results]) -> str:
     """The losses of the first steps, in a study that asks whether its runs are equivalent."""
     if not any(item["expect"] == "equivalent" for item in study["conjectures"]):
         return ""
-    losses = [pd.DataFrame(result.figures["first_losses"].to_dict()) for result in results]  # a column for each seed
+    losses = [  # a column for each seed; a run that was resumed may have none
+        pd.DataFrame({one["seed"]: pd.Series(one["first_losses"], dtype=float) for one in result.summaries})
+        for result in results
+    ]
     spread = pd.concat(losses, keys=range(len(losses))).groupby(level=1).agg(lambda step: step.max() - step.min())
     means = {as_markdown(one.label): loss.mean(axis=1) for one, loss in zip(results, losses, strict=True)}
     columns = {"step": spread.index + 1} | means | {"largest difference": spread.max(axis=1)}
     return table_of(pd.DataFrame(columns).map("{:.5g}".format).to_dict("records"))
 
 
-def cost_table(study: dict[str, Any], results: list[Results]) -> str:
+def cost_table(results: list[Results]) -> str:
     rows = []
     for result in one_of_each_model(results):
-        seconds = {
-            "s/epoch": result.estimate("epoch_seconds").text(),
-            "images/s": rate(result.estimate("images_per_second")),
-        }
         row = {
             "model": f"**{as_markdown(result.model)}**",
             "forward GFLOP": f"{result.forward_gflop:.3f}",
             "params, M": result.estimate("params_millions").text(),
-            **(seconds if timed(study) else {}),
+            "s/epoch": result.estimate("epoch_seconds").text(),
+            "images/s": rate(result.estimate("images_per_second")),
             "peak MiB": result.estimate("peak_memory_mb").text(0),
         }
-        if timed(study) and result.eager:
+        if result.eager:
             row |= {
                 "eager s/epoch": f"{result.eager['epoch_seconds']:,.2f}",
                 "eager images/s": rate(Estimate(result.eager["images_per_second"])),
                 "eager peak MiB": f"{result.eager['peak_memory_mb']:,.0f}",
                 "fastres against eager": f"{result.times_eager:.2f} x",
             }
-        if timed(study) and "epoch_seconds" in result.published:
+        if "epoch_seconds" in result.published:
             row["published s/epoch"] = f"{result.published['epoch_seconds']:.2f}"
         rows.append(row)
     return table_of(rows)

@@ -20,7 +20,7 @@ import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastres.config import INT32_MAX, TrainConfig, over_recipe
 from fastres.data.plan import with_steps
@@ -30,10 +30,28 @@ from fastres.fields import path as path_of
 from fastres.files import read_toml
 
 BUILT_IN = Path(__file__).parent
-METRICS = (
-    "best_accuracy", "last_accuracy", "mean_accuracy", "spread", "test_loss", "params_millions", "epochs",
-    "epoch_seconds",
-)  # fmt: skip
+FIRST_EPOCHS = 5  # the early part of a run that Study A compares
+
+
+class Metric(NamedTuple):
+    """A column of the report's accuracy table, and the words for a difference in it: 1.23 ``unit`` ``name``."""
+
+    title: str
+    digits: int
+    name: str
+    unit: str = "points of "
+
+
+METRICS = {
+    "best_accuracy": Metric("best, %", 2, "best accuracy"),
+    "last_accuracy": Metric("last, %", 2, "accuracy at the last epoch"),
+    "mean_accuracy": Metric(f"mean of epochs 1-{FIRST_EPOCHS}, %", 2, f"mean accuracy of epochs 1 to {FIRST_EPOCHS}"),
+    "spread": Metric("their spread", 2, f"spread in epochs 1 to {FIRST_EPOCHS}"),
+    "test_loss": Metric("test loss", 4, "test loss", "of "),
+    "params_millions": Metric("params, M", 2, "million parameters", ""),
+    "epochs": Metric("epochs", 0, "epochs", ""),
+    "epoch_seconds": Metric("s/epoch", 2, "seconds an epoch", ""),
+}
 EXPECTATIONS = {  # of a conjecture: the keys that name its runs
     "grows": ("before", "after"),
     "stays positive": ("before", "after"),

@@ -27,6 +27,7 @@ from fastres.studies.plan import PlannedRun
 from fastres.training.start import RESUMABLE, read_saved
 
 COMMAND = (sys.executable, "-m", "fastres.train")
+COPYING = ".tmp"  # at the end of the name of a folder that is being copied
 # settings that change nothing in the results
 PLACES = {"output_dir", "checkpoint_every", "checkpoint_minutes", "checkpoint_steps", "price_per_hour", "tta"}
 
@@ -138,8 +139,9 @@ class Executor:
 
 def explain_exit(run: PlannedRun, code: int, said: str) -> None:
     """Raises the error that ended the run's process, if one did, and passes on what it ``said`` otherwise."""
-    if code in (RunError.exit_code, UserError.exit_code) and "Traceback" not in said:
-        message = said.strip().splitlines()[-1].removeprefix("python -m fastres.train: error: ")
+    lines = said.strip().splitlines()
+    if lines and code in (RunError.exit_code, UserError.exit_code) and "Traceback" not in said:
+        message = lines[-1].removeprefix("python -m fastres.train: error: ")
         raise (RunError if code == RunError.exit_code else UserError)(f"{run.name}: {message}")
     sys.stderr.write(said)
     if code:
@@ -159,6 +161,8 @@ def reusable(folder: Path) -> Callable[[PlannedRun], Path | None]:
         raise UserError(f"--reuse {folder}: no such folder")
     known = {}
     for path in sorted(folder.rglob("summary.json")):
+        if path.parent.suffix == COPYING:
+            continue  # a copy that was cut off
         try:
             if read_summary(path.parent)["commit"] == ours:
                 saved = read_saved(read_json(path.with_name("config.json")), path.parent)
@@ -180,7 +184,7 @@ def _key(config: Any) -> str:
 
 def copy_run(source: Path, target: Path) -> None:
     """Copies a finished run's folder to ``target``, whole or not at all."""
-    partial = target.with_name(target.name + ".tmp")
+    partial = target.with_name(target.name + COPYING)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(source, partial)

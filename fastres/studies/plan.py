@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastres.config import TrainConfig, over_recipe
+from fastres.config import TrainConfig, check_effect, over_recipe
 from fastres.data.datasets import MINI_CIFAR10_CLASSES, load_dataset
 from fastres.data.sizes import mean_area
 from fastres.data.splits import IMAGE_SIZE, Dataset
@@ -171,5 +171,7 @@ class Planner:
         return PlannedRun(name, flags, config, dataset, 2 * forward_macs(model, config.image_size) / 1e9)
 
     def _resolve(self, flags: dict[str, Any]) -> tuple[TrainConfig, Dataset]:
-        config, dataset = choose_dataset(over_recipe(flags), lambda line: None, self.load)
+        settings = over_recipe(flags)
+        check_effect(flags, settings)
+        config, dataset = choose_dataset(settings, lambda line: None, self.load)
         return resolve(config, dataset)[0], dataset

@@ -22,7 +22,7 @@ import fastres
 from fastres.config import TrainConfig
 from fastres.data import create_loader
 from fastres.data.plan import training_plan
-from fastres.data.splits import Split
+from fastres.data.splits import CIFAR10_STD, Split
 from fastres.errors import UserError
 from fastres.files import write_json
 from fastres.machine import device_name, versions
@@ -40,7 +40,6 @@ LEVELS = 3.5  # of 255, by which decoders of JPEG may differ
 SECONDS = 300  # that a check may take; compiling the kernels takes a few
 DRIVER = Path("/proc/driver/nvidia/version")
 COMMAND = (sys.executable, "-m", "fastres.doctor", "--only")
-AGAIN = "; fastres doctor checks again"
 
 
 def check_operator(device: torch.device) -> None:
@@ -86,7 +85,7 @@ def check_loaders(device: torch.device) -> None:
         )
         for (x, y), (x_expected, y_expected) in zip(ours, expected, strict=True):
             close(y, y_expected, 0)
-            close(x, x_expected, levels / 255 / 0.24)
+            close(x, x_expected, levels / 255 / min(CIFAR10_STD))
 
 
 def check_cuda_graph(device: torch.device) -> None:
@@ -125,23 +124,27 @@ def close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
         raise ArithmeticError(f"differs by {difference:.2g}, more than {tolerance:.2g}")
 
 
-def run_check(name: str) -> str:
+def run_check(name: str, device: torch.device) -> str:
     """Runs a check in a child process, because a failed kernel leaves CUDA unusable in its process.
 
     Returns what is wrong, in one line, or "" if the check passed.
     """
     try:
         done = subprocess.run(
-            [*COMMAND, name], capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS
+            [*COMMAND, name, "--device", device.type],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return f"the check of {name} on this machine took longer than {SECONDS} s{AGAIN}"
+        return f"the check of {name} on this machine took longer than {SECONDS} s"
     if done.returncode == 0:
         return ""
     lines = done.stderr.strip().splitlines()
     if done.returncode == 1 and lines:
-        return f"the check of {name} on this machine failed: {lines[-1].partition('error: ')[2] or lines[-1]}{AGAIN}"
-    return f"the check of {name} on this machine ended with exit code {done.returncode}{AGAIN}"
+        return f"the check of {name} on this machine failed: {lines[-1].partition('error: ')[2] or lines[-1]}"
+    return f"the check of {name} on this machine ended with exit code {done.returncode}"
 
 
 def kept_at(device: torch.device) -> Path:
@@ -158,7 +161,7 @@ def check_all(device: torch.device) -> dict[str, str]:
     """The faults of the checks, which run side by side, by name; on CUDA they are kept for later runs."""
     names = [name for name in CHECKS if name != "cuda-graph" or device.type == "cuda"]
     with ThreadPoolExecutor() as pool:
-        faults = dict(zip(names, pool.map(run_check, names), strict=True))
+        faults = dict(zip(names, pool.map(lambda name: run_check(name, device), names), strict=True))
     if device.type == "cuda":
         with suppress(OSError, RuntimeError):  # without a place to keep it, it is found again
             path = kept_at(device)
@@ -179,4 +182,4 @@ def faults(device: torch.device) -> dict[str, str]:
         found = json.loads(kept_at(device).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = check_all(device)
-    return {name: fault for name, fault in found.items() if fault}
+    return {name: f"{fault}; fastres doctor checks again" for name, fault in found.items() if fault}

@@ -170,7 +170,7 @@ class Trainer:
                 else:
                     with trials_of_cudnn(len(images) == distributed.largest_shard(self.config.batch_size)):
                         self.loss, logits = self._step(images, labels, weight)
-            if epoch.number == 0 and epoch.steps < FIRST_STEPS:
+            if epoch.number == 0 and epoch.steps == len(self.losses) < FIRST_STEPS:
                 self.losses.append(self.loss.clone())
             epoch.loss_sum += self.loss * len(labels)
             epoch.finite_steps += epoch.loss_sum.isfinite()

@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from matplotlib.text import Text
 
-from fastres import studies
 from fastres.errors import UserError
 from fastres.report import figures
 from fastres.report.page import as_markdown, table
 from fastres.report.results import read_results
-from fastres.report.study import METRICS, first_to, report, time_to, write_report
+from fastres.report.study import first_to, report, time_to, write_report
 from fastres.report.style import styled
 
 ACCURACIES = {  # test accuracy of each epoch, in percent
@@ -195,6 +194,11 @@ def test_seconds_of_a_shared_machine_are_left_out(report_of, tmp_path):
     for words in ("s/epoch", "images/s", "times as long", "first by", "against seconds", "own GPU"):
         assert words not in report
     assert not (tmp_path / "figures/accuracy-against-seconds-of-training.png").exists()
+    pair = ["resnet", "vgg"]
+    conjecture = {"text": "it is", "expect": "lower", "metric": "epoch_seconds", "before": pair, "after": pair}
+    assert "Conjecture: it is. Not decided: seconds are left out." in report_of(
+        report_seconds=False, conjectures=[conjecture]
+    )
 
 
 def test_findings_are_computed(report_of):
@@ -314,10 +318,6 @@ def test_a_claim_that_one_epoch_cannot_decide(text_of, tmp_path):
     assert "Conjecture: it is. Not decided: the runs are too short." in text_of(conjectures=[conjecture])
 
 
-def test_every_published_figure_has_its_column():
-    assert tuple(METRICS) == studies.METRICS
-
-
 @pytest.mark.parametrize(
     ("expect", "pairs", "verdict"),
     [
@@ -371,6 +371,10 @@ def test_a_change_is_decided_by_its_differences_by_seed(before, after, finding, 
         runs.append(study["runs"][0] | {"name": name, "label": name.upper(), "folders": folders})
     conjecture = {"text": "it does", "expect": "grows", "before": ["a", "b"], "after": ["c", "d"]}
     assert f"- Conjecture: it does. {finding}\n" in text_of(runs=runs, conjectures=[conjecture])
+    if before[1] is not None:
+        write_run(tmp_path / "d2", "vgg", [70], 1.0, 2)  # a seed that "c" has not
+        runs[3] = runs[3] | {"folders": ["d0", "d1", "d2"]}
+        assert f"- Conjecture: it does. {finding}\n" in text_of(runs=runs, conjectures=[conjecture])
 
 
 def test_one_seed_has_no_deviation(report_of, study):
@@ -378,6 +382,8 @@ def test_one_seed_has_no_deviation(report_of, study):
     report = report_of(runs=runs)
     assert "±" not in report
     assert "eager" not in report
+    other = [study["runs"][0] | {"folders": ["vgg-seed0"]}, study["runs"][1] | {"folders": ["resnet-seed1"]}]
+    assert "| ResNet-50 minus VGG-16: best accuracy | -8.37 | -5.00 | 1 |" in report_of(runs=other)  # 88 and 93 %
     assert "| **VGG-16** | 93.00 | 91.00 | 84.80 | 9.52 | 0.2500 | 14.70 | 6 |" in report
 
 
@@ -457,6 +463,12 @@ def test_figures_show_what_was_measured(report_of, study, tmp_path):
     np.testing.assert_allclose(train, [2 / epoch for epoch in range(1, 7)])
     assert accuracy.lines[2].get_xydata().tolist() == [[1.0, 94.17]]  # published
     assert accuracy.lines[2].get_marker() == "<"
+    classes = {"per_class_accuracy": {"x": 1, "y": 2, "z": 3}, "confusion_matrix": np.eye(3).tolist()}
+    for path in tmp_path.glob("resnet-*/summary.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | classes))
+    _, other = figures.confusion(read_results(tmp_path, study), "").axes
+    assert [label.get_text() for label in other.get_xticklabels()] == ["x", "y", "z"]
+
     shade = accuracy.collections[0].get_paths()[0].get_extents()
     assert (shade.ymin, shade.ymax) == (70, 95)
 
@@ -638,3 +650,5 @@ def test_equivalence_is_decided_by_the_interval_of_90_percent(margin, found, tex
     content = text_of(conjectures=[conjecture])
     assert f"{found}: ResNet-50 minus VGG-16 is -5.00 (-17.63 to +7.63) points of accuracy at the last epoch" in content
     assert "| 1 | 2.25 | 2.1 | 0.3 |" in content  # of seed 1, 2.5 and 2.2
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"first_losses": []}))  # resumed after the first steps
+    assert "| 1 | 2 | 2.1 | 0 |" in text_of(conjectures=[conjecture])
