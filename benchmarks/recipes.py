@@ -46,7 +46,7 @@ def reached(contents: Iterable[Content], steps: dict[str, Steps]) -> list[Reache
     for config, run in whole_runs(contents):
         data = DATA.get(tuple(config["classes"])) if config["dataset"] == "folder" else None
         if config["model"] in COLORS and data and is_of_recipe(config):
-            key = config["model"], f"{data} (JPEG q75)", config.get("recipe", "default"), config["epochs"]
+            key = config["model"], f"{data} ({run['images']})", config.get("recipe", "default"), config["epochs"]
             groups.setdefault(key, {})[config["seed"]] = config, run
     found = []
     for key, runs in sorted(groups.items()):
@@ -59,14 +59,16 @@ def reached(contents: Iterable[Content], steps: dict[str, Steps]) -> list[Reache
 
 
 def whole_runs(contents: Iterable[Content]) -> Iterator[tuple[Content, Content]]:
-    """Settings and figures of every kept run: the single ones and those of the studies."""
+    """Settings and figures of every kept run: the single ones and those of the studies, with the format of the
+    ``images`` in its folder, which a study of others names."""
     for content in contents:
+        images = {"images": content.get("images", "JPEG q75")}
         if "data" in content:
-            yield content["config"], content
+            yield content["config"], content | images
         for run in content["runs"] if "study" in content else ():
             for name in run["folders"]:
                 config = read_json(content["folder"] / name / "config.json")
-                yield config.get("asked", config), read_json(content["folder"] / name / "summary.json")
+                yield config.get("asked", config), read_json(content["folder"] / name / "summary.json") | images
 
 
 def is_of_recipe(config: Content) -> bool:

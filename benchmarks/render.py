@@ -274,7 +274,8 @@ def study_table(contents: list[Content]) -> str:
         measured = {f"{run['device']}, {_provenance(run)}": None for run in runs}
         seeds = {", ".join(str(run["seed"]) for run in result.summaries): None for result in results}
         captions.append(
-            f"`{study['study']}`: {as_markdown(scale_line(study))}; {summary['train_images']:,} training images; seeds "
+            f"`{study['study']}`: {as_markdown(scale_line(study))}; {summary['train_images']:,} training images"
+            f"{f' as {images}' if (images := study.get('images')) else ''}; seeds "
             f"{' or '.join(seeds)}; {'; '.join(measured)}."
         )
     head = ["run", "published best, %", "best, %", "last, %", "epochs' work"]

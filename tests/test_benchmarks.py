@@ -499,6 +499,7 @@ def test_the_front_page_has_what_each_recipe_reaches(tmp_path):
 
     study = {
         "study": "mine",
+        "images": "PNG",
         "runs": [{"folders": ["run-seed0", "run-seed1"]}],
         "folder": tmp_path,
         "date": "2026-01-03",
@@ -523,7 +524,7 @@ def test_the_front_page_has_what_each_recipe_reaches(tmp_path):
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
     assert rows == [
         # 4 epochs of 15,000 images: half of 1.6 s a hundred, 35 % of 2.4 and 15 % of 3.2
-        ["| `resnet50`, mini-CIFAR-10 (JPEG q75)", "fast", "4", "1.88", "96.50 ± 0.71", "2", "1,272 |"],
+        ["| `resnet50`, mini-CIFAR-10 (PNG)", "fast", "4", "1.88", "96.50 ± 0.71", "2", "1,272 |"],
         ["| `vgg16`, mini-CIFAR-10 (JPEG q75)", "default", "5", "5.00", "91.00", "1", "1,500 |"],
     ]
     assert "*Seconds of the steps, at the rates of Some CPU, 2026-01-02, torch 2.11.0, 0123456.*" in text
