@@ -99,11 +99,12 @@ def draw(rows: list[Reached], device: str, file: Path) -> None:
         mean = row.accuracy.mean()
         spread = [[mean - row.accuracy.min()], [row.accuracy.max() - mean]]
         style = {"color": COLORS[row.model], "marker": MARKERS[row.recipe], "markersize": 9, "capsize": 3}
+        style["fillstyle"] = "none" if "PNG" in row.data else "full"
         axes.errorbar([row.seconds], [mean], yerr=spread, **style)
         axes.annotate(
             f"{row.epochs}", (row.seconds, mean), xytext=(7, -11), textcoords="offset points", fontsize="small"
         )
-    shown = {row.model: row.data for row in rows}
+    shown = {row.model: row.data.partition(" (")[0] for row in rows}
     handles = [Line2D([], [], color=COLORS[model], label=f"{model}, {data}") for model, data in shown.items()]
     handles += [
         Line2D([], [], color="0.3", linestyle="", marker=MARKERS[recipe], label=f"{recipe} recipe")
@@ -111,7 +112,7 @@ def draw(rows: list[Reached], device: str, file: Path) -> None:
     ]
     axes.set(
         xlabel=f"seconds of the training steps, {device}", ylabel="test accuracy, last epoch, %", xscale="log",
-        title="numbers: epochs; lines: from the lowest seed to the highest",
+        title="numbers: epochs; lines: from the lowest seed to the highest; filled: JPEG files, hollow: PNG files",
     )  # fmt: skip
     axes.margins(y=0.1)
     number_plainly(axes.xaxis)
