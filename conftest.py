@@ -4,9 +4,17 @@ pyproject.toml names this file as the only test path: pytest imports the conftes
 options.
 """
 
+import gc
 from pathlib import Path
 
 import pytest
+
+gc.disable()  # what is imported and collected lives as long as the process, and looking through it again takes seconds
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,5 +1,6 @@
 """The command ``fastres``: train, predict, export, profile, compare, study, doctor."""
 
+import gc
 import importlib
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name in COMMANDS:
         if arguments is None:  # the command reads sys.argv itself, and so knows that this process is its own
             sys.argv[1:] = rest
+            gc.disable()  # as in the package's __init__
         command = importlib.import_module(f"fastres.{name}")
         return command.main(None if arguments is None else rest, f"fastres {name}")
     lines = [f"  fastres {command:8} {what}" for command, what in COMMANDS.items()]

@@ -1,6 +1,7 @@
 """Command lines: flags from the fields of dataclasses, and errors as one line with an exit code."""
 
 import argparse
+import gc
 import io
 import os
 import signal
@@ -112,6 +113,9 @@ def run_command(prog: str, command: Callable[[], object], rank: int = 0, interru
     0; 2 for bad input; 1 for a run that could not go on; 130 for Ctrl-C, reported as ``interrupted``; 128 and the
     signal's number for a run that was stopped by a signal. ``rank`` is this process's number in its job.
     """
+    if not gc.isenabled():  # what is imported lives as long as the process
+        gc.freeze()
+        gc.enable()
     try:
         command()
         with explain_stdout():

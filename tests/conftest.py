@@ -18,6 +18,7 @@ from fastres.data.splits import Dataset, Split
 from fastres.models import MODELS
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+os.fsync = lambda file: None  # a test does not outlive a power failure
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a script's background jobs would ignore
 
 
@@ -90,8 +91,9 @@ def tiny_model(num_classes: int, norm_layer: Callable[..., nn.Module]) -> nn.Mod
 
 @pytest.fixture
 def tiny_vgg11(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts the tiny model in vgg11's place."""
+    """Puts the tiny model in vgg11's place, and draws no picture of its runs, which would take longer than they do."""
     monkeypatch.setitem(MODELS, "vgg11", tiny_model)
+    monkeypatch.setattr("fastres.report.plots.plot_curves", lambda folder, title: folder / "curves.png")
 
 
 @pytest.fixture

@@ -24,6 +24,19 @@ def test_importing_the_package_imports_no_library():
     assert not {"torch", "nvidia.dali", "numpy", "matplotlib"} & set(modules)
 
 
+def test_only_a_process_of_fastres_imports_without_collecting_garbage(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("__init__", "__main__"):
+        (tmp_path / f"mine/{name}.py").write_text("import fastres, gc; print(gc.isenabled())")
+    script = (
+        "import runpy, sys, gc; sys.argv[0] = '-m'; import fastres; print(gc.isenabled()); from fastres import flags; "
+    )
+    script += "flags.run_command('x', lambda: print(gc.isenabled()))"
+    for arguments, enabled in ((["-m", "mine"], "True"), (["-c", script, "fastres.train"], "False")):
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [enabled, "True"]
+
+
 def test_training_imports_no_library_that_it_does_not_need_yet():
     code = "import sys, fastres.train, fastres.report.results; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

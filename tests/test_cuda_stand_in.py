@@ -37,7 +37,7 @@ def test_a_replayed_step_is_the_step(log, amp):
     for device, graphs in (("cuda", True), ("cpu", False)):
         torch.manual_seed(0)
         trainer = make_trainer(
-            batches, create_model("resnet18", 4), device, amp=amp, cuda_graphs=graphs, channels_last=True, **SMALL
+            batches, create_model("resnet20_b", 4), device, amp=amp, cuda_graphs=graphs, channels_last=True, **SMALL
         )
         trainer.warm_up()
         log.clear()
@@ -165,7 +165,9 @@ def test_the_fast_recipe_and_mixup(log, tmp_path, monkeypatch, command_line):
 
 def test_a_profile(log, tmp_path, tiny_vgg11, monkeypatch):
     monkeypatch.setitem(roofline.MATRIX_SIZE, "cuda", 256)
-    flags = ["--model", "vgg11", "--dataset", "digits", "--device", "cuda", "--batch-size", "8", "--seconds", "1"]
+    monkeypatch.setattr(roofline, "MEASURE_SECONDS", 0.05)
+    monkeypatch.setattr(roofline, "COPY_BYTES", 2**22)
+    flags = ["--model", "vgg11", "--dataset", "digits", "--device", "cuda", "--batch-size", "8", "--seconds", "0.2"]
     assert profile.main([*flags, "--no-compile", "--output-dir", str(tmp_path / "p")]) == 0
     result = json.loads((tmp_path / "p/profile.json").read_text())
     names = [row["name"] for row in result["candidates"]]
@@ -193,6 +195,7 @@ def test_a_part_with_a_fault_is_left_out_or_refused(check, flag, without, line, 
 
 def test_the_check_of_graphs(log, monkeypatch):
     monkeypatch.setattr(selfcheck, "STEPS", 2)
+    monkeypatch.setattr(selfcheck, "create_model", lambda name, classes: create_model("resnet20_b", classes))
     selfcheck.check_cuda_graph(torch.device("cuda"))
     assert log.count("replay") == selfcheck.STEPS
     monkeypatch.setattr(cuda_stand_in.Graph, "replay", lambda graph: None)

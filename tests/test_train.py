@@ -15,6 +15,7 @@ import torch
 
 import fastres
 from fastres import train
+from fastres.report.plots import plot_curves
 from fastres.report.tables import class_table
 from fastres.train import catch_signals
 from fastres.training.trainer import Trainer
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.usefixtures("tiny_vgg11")
 
 
 @pytest.mark.parametrize("loader", ["dali", "eager"])
-def test_trains_reports_and_evaluates_again(loader, command_line, flags, tmp_path):
+def test_trains_reports_and_evaluates_again(loader, command_line, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastres.report.plots.plot_curves", plot_curves)
     assert command_line(*flags, "--loader", loader, "--augmentation", "crop-flip-cutout") == 0
     run = tmp_path / "run"
     assert f"loader {loader} (asked for)" in command_line.out

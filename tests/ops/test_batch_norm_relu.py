@@ -48,13 +48,14 @@ def run(function, x, residual, parameters, grad, dtype=None, **options):
 
 
 def assert_close(actual, expected, tolerance):
-    for a, e in zip(actual, expected, strict=True):
-        scale = max(1.0, e.abs().max().item())
-        torch.testing.assert_close(a.double() / scale, e.double() / scale, rtol=0, atol=tolerance)
+    for a, e in zip(actual, expected, strict=True):  # torch.testing.assert_close takes five times as long
+        assert a.shape == e.shape
+        difference = (a.double() - e.double()).abs().max() / max(1.0, e.abs().max().item())
+        assert difference <= tolerance  # also where one is NaN
 
 
 HERE = Path(__file__)
-OLDER = ["-k", "(test_grid or test_large) and cpu", __file__]
+OLDER = ["-k", "(test_grid or test_large) and cpu and not strided", __file__]  # torch copies what is strided
 # tests that need a process of their own: the arguments of pytest, and what must be in the environment from the start
 PROCESSES = {
     "triton_interpreter": ([HERE.with_name("triton_interpreter.py")], {"TRITON_INTERPRET": "1"}),

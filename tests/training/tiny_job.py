@@ -14,6 +14,7 @@ import torch
 
 from fastres import train
 from fastres.models import MODELS
+from fastres.report import plots
 from fastres.training.trainer import Trainer
 from tests.conftest import tiny_model
 
@@ -39,12 +40,16 @@ def without_the_compiler() -> None:
     stub: Any = ModuleType("torch._dynamo")
     stub.disable = lambda function, *_, **__: function
     stub.graph_break = lambda: None
+    utils: Any = ModuleType("torch._dynamo.utils")
+    utils.is_compile_supported = lambda device: False  # which torchvision asks for
+    sys.modules["torch._dynamo.utils"] = utils
     torch._dynamo = sys.modules["torch._dynamo"] = stub
 
 
 if __name__ == "__main__":
     if "RANK" not in os.environ:  # DDP needs it
         without_the_compiler()
+        plots.plot_curves = lambda folder, title: folder / "curves.png"  # which would take as long as the run
     MODELS["vgg11"] = tiny_model
     if os.environ.get("FAULT"):
         arrange(*os.environ["FAULT"].split())
