@@ -293,6 +293,16 @@ def test_runs_side_by_side_end_as_one_after_another(command_line, tiny_runs, fla
     assert "side by side" not in (tmp_path / "out1/report.md").read_text()
 
 
+def test_epochs_are_counted_where_colours_are_forced(monkeypatch, tmp_path):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(execute, "COMMAND", (sys.executable, "-c", "import rich; rich.print('epoch  2/4')"))
+    run = SimpleNamespace(name="x", folder=tmp_path, flags={}, work=6.0, config=SimpleNamespace(epochs=4))
+    counted = []
+    with pytest.raises(UserError, match=r"summary.json"):
+        execute.Executor([execute.Place({})])._train(run, lambda run, work: counted.append(work))
+    assert counted == [3.0]
+
+
 def test_each_job_has_its_own_cores_or_gpu(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 4, 6, 8})
     assert execute.places(2, "cpu") == [

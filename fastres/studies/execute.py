@@ -126,6 +126,7 @@ class Executor:
             command += ["--resume", str(run.folder)]
             flags = {name: value for name, value in flags.items() if name in RESUMABLE | {"model"}}
         environment = {**os.environ, **place.environment, STOP_WITH_STDIN: "1", "PYTHONIOENCODING": "utf-8"}
+        environment.pop("FORCE_COLOR", None)  # which would colour the lines that are counted
         pipe = subprocess.PIPE
         with self.lock:
             if self.stopped:
