@@ -27,11 +27,12 @@ TRAINING_IMAGES = 5000  # of a class
 
 
 class Reached(NamedTuple):
-    """Runs of a recipe that differ in the seed: ``accuracy`` in percent at the last epoch, of each; ``seconds`` of the
-    steps; ``work``: FLOPs over those of an epoch at full size."""
+    """Runs of a recipe that differ in the seed: ``images`` is the format of the files of ``data``; ``accuracy`` in
+    percent at the last epoch, of each; ``seconds`` of the steps; ``work``: FLOPs over those of a full-size epoch."""
 
     model: str
     data: str
+    images: str
     recipe: str
     epochs: int
     work: float
@@ -42,11 +43,11 @@ class Reached(NamedTuple):
 def reached(contents: Iterable[Content], steps: dict[str, Steps]) -> list[Reached]:
     """In the order of networks, data and recipes. ``contents`` are the kept files, the newest last; ``steps`` are by
     network. Of two runs that differ in nothing the newer counts."""
-    groups: dict[tuple[str, str, str, int], dict[int, tuple[Content, Content]]] = {}
+    groups: dict[tuple[str, str, str, str, int], dict[int, tuple[Content, Content]]] = {}
     for config, run in whole_runs(contents):
         data = DATA.get(tuple(config["classes"])) if config["dataset"] == "folder" else None
         if config["model"] in COLORS and data and is_of_recipe(config):
-            key = config["model"], f"{data} ({run['images']})", config.get("recipe", "default"), config["epochs"]
+            key = config["model"], data, run["images"], config.get("recipe", "default"), config["epochs"]
             groups.setdefault(key, {})[config["seed"]] = config, run
     found = []
     for key, runs in sorted(groups.items()):
@@ -99,12 +100,12 @@ def draw(rows: list[Reached], device: str, file: Path) -> None:
         mean = row.accuracy.mean()
         spread = [[mean - row.accuracy.min()], [row.accuracy.max() - mean]]
         style = {"color": COLORS[row.model], "marker": MARKERS[row.recipe], "markersize": 9, "capsize": 3}
-        style["fillstyle"] = "none" if "PNG" in row.data else "full"
+        style["fillstyle"] = "none" if row.images == "PNG" else "full"
         axes.errorbar([row.seconds], [mean], yerr=spread, **style)
         axes.annotate(
             f"{row.epochs}", (row.seconds, mean), xytext=(7, -11), textcoords="offset points", fontsize="small"
         )
-    shown = {row.model: row.data.partition(" (")[0] for row in rows}
+    shown = {row.model: row.data for row in rows}
     handles = [Line2D([], [], color=COLORS[model], label=f"{model}, {data}") for model, data in shown.items()]
     handles += [
         Line2D([], [], color="0.3", linestyle="", marker=MARKERS[recipe], label=f"{recipe} recipe")

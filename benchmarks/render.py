@@ -154,7 +154,7 @@ def front_table(contents: list[Content]) -> str:
     """What each recipe reaches with each network, and the seconds of its steps."""
     rows = [
         [
-            f"`{row.model}`, {row.data}",
+            f"`{row.model}`, {row.data} ({row.images})",
             row.recipe,
             f"{row.epochs}",
             f"{row.work:.2f}",

@@ -534,7 +534,7 @@ def test_the_front_page_has_what_each_recipe_reaches(tmp_path):
 
 def test_the_front_pages_picture(tmp_path):
     accuracy = pd.Series([90.0, 91.0])
-    rows = [recipes.Reached("vgg16", "mini", "fast", 3, 3.0, accuracy, 120.0)]
+    rows = [recipes.Reached("vgg16", "mini", "PNG", "fast", 3, 3.0, accuracy, 120.0)]
     recipes.draw(rows, "here", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 

@@ -121,7 +121,7 @@ def fuse_norms(model: nn.Module, norm_layer: NormLayer) -> None:
     """Replaces each BatchNorm2d in ``model`` by ``norm_layer`` with the same parameters and buffers.
 
     Where a ReLU follows in a Sequential, the new norm applies it, and an Identity takes its place. Norms and ReLUs with
-    hooks are left alone.
+    hooks stay as they are.
     """
     uses = Counter(child for parent in model.modules() for child in parent._modules.values())
     fused: dict[nn.Module, nn.Module] = {}

@@ -27,7 +27,7 @@ class Difference(NamedTuple):
     pairs: int = 0
 
     def text(self, digits: int = 2) -> str:
-        """``+1.50 (+0.25 to +2.75)``; the value alone if it has no interval, and nothing for NaN."""
+        """``+1.50 (+0.25 to +2.75)``; only the value if there is no interval; empty for NaN."""
         interval = "" if math.isnan(self.low) else f" ({self.low:+,.{digits}f} to {self.high:+,.{digits}f})"
         return "" if math.isnan(self.value) else f"{self.value:+,.{digits}f}{interval}"
 
