@@ -184,7 +184,7 @@ def recipes_measured(contents: list[Content]) -> str:
 def loader_table(contents: list[Content]) -> str:
     """Images a second of both loaders, for each kind of image and device."""
     rows = [
-        [row["device"], row["case"], _rate(eager), _rate(row), f"{eager['times_as_long']:.1f}", _provenance(row)]
+        [row["device"], row["case"], _rate(eager), _rate(row), _times(eager, 1), _provenance(row)]
         for row, eager in _newest(contents, "loader", "dali", "eager")
     ]
     return table(["device", "images", "eager, images/s", "DALI, images/s", "x eager", "measured"], rows)
@@ -193,7 +193,7 @@ def loader_table(contents: list[Content]) -> str:
 def forward_table(contents: list[Content]) -> str:
     """The forward pass of each model, fastres' defaults against plain PyTorch."""
     rows = [
-        [*_model(row), *map(_rate, (eager, row, compiled)), f"{eager['times_as_long']:.2f}", _provenance(row)]
+        [*_model(row), *map(_rate, (eager, row, compiled)), _times(eager), _provenance(row)]
         for row, eager, compiled in _newest(contents, "forward", "fastres", "eager", "compiled")
     ]
     rates = [f"{name}, images/s" for name in ("eager", "fastres", "compiled")]
@@ -374,8 +374,8 @@ def _steps(contents: list[Content], benchmark: str, *candidates: str, slower: st
     rows = []
     for steps in _newest(contents, benchmark, *candidates):
         milliseconds = (f"{1000 * step['seconds']:,.1f}" for step in steps)
-        times = steps[candidates.index(slower)]["times_as_long"]
-        rows.append([*_model(steps[0]), *milliseconds, f"{times:.2f}", _provenance(steps[0])])
+        times = _times(steps[candidates.index(slower)])
+        rows.append([*_model(steps[0]), *milliseconds, times, _provenance(steps[0])])
     return rows
 
 
@@ -390,6 +390,12 @@ def _name(run: Content) -> str:
 
 def _rate(row: Content) -> str:
     return f"{row['images'] / row['seconds']:,.0f}" if row else ""
+
+
+def _times(row: Content, digits: int = 2) -> str:
+    """The ratio of the medians, and its spread: the rounds' 20th to 80th percentile."""
+    low, ratio, high = (f"{row[name]:.{digits}f}" for name in ("times_p20", "times_as_long", "times_p80"))
+    return f"{ratio} ({low} to {high})"
 
 
 def _provenance(where: Content) -> str:

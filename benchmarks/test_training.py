@@ -36,7 +36,7 @@ MODELS = ("resnet18", "resnet50", "vgg16", "vgg19_bn_4096")
 ON_GPU = torch.cuda.is_available()
 BATCH = int(os.environ.get("FASTRES_BENCHMARK_BATCH", "128" if ON_GPU else "32"))
 STEPS = 20 if ON_GPU else 2  # in a round, of which waiting for a GPU at its end is then a small part
-ROUNDS = 20 if ON_GPU else 3
+ROUNDS = 20 if ON_GPU else 5
 
 
 @pytest.fixture(scope="module")

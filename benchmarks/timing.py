@@ -34,13 +34,15 @@ def as_cuda_graph(run: Callable[[], object]) -> Callable[[], object]:
 def rows_of(benchmark: str, case: str, images: int, device: str, seconds: Mapping[str, np.ndarray]) -> list[Row]:
     """A row for each candidate of `seconds`, `[rounds]`, of a pass over `images`.
 
-    `seconds`, `p20` and `p80` are the median and percentiles of the rounds, and `times_as_long` is the median of the
-    candidate's seconds over those of the first candidate in the same round.
+    `seconds`, `p20` and `p80` are the median and percentiles of the rounds; `times_as_long` is the median over that of
+    the first candidate, and `times_p20` and `times_p80` are the percentiles of their ratios in the same round.
     """
     ours = next(iter(seconds.values()))
     rows = []
     for candidate, values in seconds.items():
         p20, median, p80 = np.percentile(values, (20, 50, 80))
+        times_p20, times_p80 = np.percentile(values / ours, (20, 80))
         row = {"benchmark": benchmark, "case": case, "images": images, "device": device, "candidate": candidate}
-        rows.append(row | {"seconds": median, "p20": p20, "p80": p80, "times_as_long": np.median(values / ours)})
+        row |= {"seconds": median, "p20": p20, "p80": p80, "times_as_long": median / np.median(ours)}
+        rows.append(row | {"times_p20": times_p20, "times_p80": times_p80})
     return rows

@@ -88,6 +88,7 @@ def row(benchmark, case, candidate, seconds, times_as_long=1.0, images=32, devic
     return {
         "benchmark": benchmark, "case": case, "images": images, "device": device, "candidate": candidate,
         "seconds": seconds, "p20": seconds, "p80": seconds, "times_as_long": times_as_long,
+        "times_p20": 0.9 * times_as_long, "times_p80": 1.1 * times_as_long,
     }  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def test_benchmarks_are_shown_by_what_they_measured():
             row("loader", "arrays", "dali", 0.5, images=26_000),
             row("loader", "arrays", "eager", 3.8, 7.6, images=26_000),
             row("forward", "vgg16", "fastres", 0.02),
-            row("forward", "vgg16", "eager", 0.064, 3.25),
+            row("forward", "vgg16", "eager", 0.064, 3.2),
             row("forward", "vgg16", "compiled", 0.016, 0.8),
             row("step", "vgg16", "fastres", 0.1),
             row("step", "vgg16", "eager", 0.4, 4.0),
@@ -140,11 +141,15 @@ def test_benchmarks_are_shown_by_what_they_measured():
         )
     ]
     measured = "2026-01-02, torch 2.11.0, 0123456 |"
-    assert f"| Some CPU | arrays | 6,842 | 52,000 | 7.6 | {measured}" in render.render(readme("loaders"), contents)
-    assert f"| Some CPU | `vgg16` | 32 | 500 | 1,600 | 2,000 | 3.25 | {measured}" in render.render(
+    assert f"| Some CPU | arrays | 6,842 | 52,000 | 7.6 (6.8 to 8.4) | {measured}" in render.render(
+        readme("loaders"), contents
+    )
+    assert f"| Some CPU | `vgg16` | 32 | 500 | 1,600 | 2,000 | 3.20 (2.88 to 3.52) | {measured}" in render.render(
         readme("forward"), contents
     )
-    assert f"| Some CPU | `vgg16` | 32 | 400.0 | 100.0 | 4.00 | {measured}" in render.render(readme("steps"), contents)
+    assert f"| Some CPU | `vgg16` | 32 | 400.0 | 100.0 | 4.00 (3.60 to 4.40) | {measured}" in render.render(
+        readme("steps"), contents
+    )
     assert f"| Some CPU | forward+backward | residual | 3.00 | 1.50 | 0.90 | {measured}" in render.render(
         readme("operator"), contents
     )
@@ -175,7 +180,7 @@ def test_candidates_of_two_measurements_are_not_mixed():
     older = [row("forward", "vgg16", candidate, 0.9) for candidate in ("fastres", "eager", "compiled")]
     newer = [row("forward", "vgg16", candidate, 0.1) for candidate in ("fastres", "eager")]
     contents = [benchmarks(*newer, date="2026-02-01 00:00"), benchmarks(*older, date="2026-01-01 00:00")]
-    assert "| `vgg16` | 32 | 320 | 320 |  | 1.00 | 2026-02-01" in render.render(readme("forward"), contents)
+    assert "| 320 | 320 |  | 1.00 (0.90 to 1.10) | 2026-02-01" in render.render(readme("forward"), contents)
 
 
 def test_each_batch_size_is_shown():
@@ -195,10 +200,11 @@ def test_candidates_take_turns_in_random_order():
 
 
 def test_rows_are_medians_and_times_as_long_as_the_first_candidate():
-    seconds = {"fused": np.array([1.0, 1.0, 2.0]), "eager": np.array([2.0, 3.0, 8.0])}
+    seconds = {"fused": np.array([2.0, 1.0, 0.5]), "eager": np.array([2.0, 3.0, 8.0])}
     fused, eager = timing.rows_of("operator", "64x32x32 forward plain", 128, "Some CPU", seconds)
     assert [eager[name] for name in ("candidate", "seconds", "p20", "p80")] == ["eager", 3.0, 2.4, 6.0]
-    assert [row["times_as_long"] for row in (fused, eager)] == [1.0, 3.0]
+    assert [row["times_as_long"] for row in (fused, eager)] == [1.0, 3.0]  # 3 / 1, of the medians
+    assert [eager["times_p20"], eager["times_p80"]] == pytest.approx([1.8, 10.8])  # of 1, 3 and 16
 
 
 def test_the_table_at_the_end_shows_images_a_second_and_times_eager():
