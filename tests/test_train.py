@@ -138,6 +138,7 @@ def test_help_groups_the_flags(command_line):
         (["--epoch", "5"], "unknown argument --epoch; did you mean --epochs"),
         (["--train-fraction", "0"], r"--train-fraction 0: must be above 0"),
         (["--batch-size", "61"], "--batch-size 61: larger than the training set of 60 images"),
+        (["--val-fraction", "0.999"], "the training set of 0 images that --val-fraction 0.999 leaves"),
         (["--schedule", "multistep"], "--schedule multistep: needs --milestones"),
         (["--milestones", "5,x"], "--milestones: invalid list of integers value: '5,x'"),
         (["--epochs", "1", "--warmup-epochs", "1"], "--warmup-epochs 1.0: must be less than --epochs 1"),

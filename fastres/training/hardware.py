@@ -12,6 +12,7 @@ from fastres.data.datasets import DATASETS
 from fastres.data.plan import mixes
 from fastres.data.splits import Dataset
 from fastres.errors import UserError
+from fastres.fields import as_flag
 from fastres.ops.batch_norm_relu import extension_error
 from fastres.training import selfcheck
 from fastres.training.distributed import local_device, world_size
@@ -124,7 +125,8 @@ def resolve(config: TrainConfig, dataset: Dataset) -> tuple[TrainConfig, str]:
     images = len(dataset.train) - round(len(dataset.train) * config.val_fraction)
     evaluated = max(len(dataset.test), len(dataset.train) - images, 1)
     if config.batch_size > images:
-        raise UserError(f"--batch-size {config.batch_size}: larger than the training set of {images} images")
+        left = f" that {as_flag('val_fraction', config.val_fraction)} leaves" * (config.val_fraction > 0)
+        raise UserError(f"--batch-size {config.batch_size}: larger than the training set of {images} images{left}")
     processes, last_batch = world_size(), images % config.batch_size
     unit = 2 if mixes(config.augmentation) and processes > 1 else 1
     if config.batch_size % (unit * processes):
