@@ -17,6 +17,10 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or Triton's bindings report leaks when Python ends
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     help = "with --benchmark-only: write the table of throughputs with its provenance to FILE, for benchmarks/render.py"
     parser.addoption("--benchmark-csv", metavar="FILE", type=Path, help=help)

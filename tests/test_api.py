@@ -41,7 +41,7 @@ def test_training_imports_no_library_that_it_does_not_need_yet():
     code = "import sys, fastres.train, fastres.report.results; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "torch" in modules
-    assert not {"torchvision", "torch._dynamo", "matplotlib", "scipy.stats", "nvidia.dali"} & set(modules)
+    assert not {"torchvision", "torch._dynamo", "matplotlib", "scipy.stats", "nvidia.dali", "triton"} & set(modules)
 
 
 def test_every_public_name_is_there_and_documented():

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastres.data.splits import IMAGE_SIZE
 
@@ -48,6 +47,9 @@ def forward_macs(model: nn.Module, size: int = IMAGE_SIZE) -> int:
 
     ``model`` is on the meta device or the CPU.
     """
+    # imports Triton, whose bindings print the types that gc.freeze keeps as leaks
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(_images(model, 1, size))
     return counter.get_total_flops() // 2
