@@ -96,7 +96,7 @@ def test_a_launch_passes_on_what_tritons_own_does(shape, offset, monkeypatch):
         return arguments[:6], [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments[9:]]
 
     def three_times(launcher, kernel, grid, tensors, numbers, flags):
-        kernel[grid](*tensors, *numbers, *flags, *launcher.constants, num_warps=launcher.tiling.num_warps)
+        kernel[grid](*tensors, *numbers, *flags, *launcher.constants, **launcher.options)
         for _ in range(2):  # looks for the compiled kernel, and finds it
             ours(launcher, kernel, grid, tensors, numbers, flags)
         own, *others = map(passed_on, device.launched)

@@ -88,6 +88,8 @@ class _Launcher:
         self.tile_grid = across * tiles, 1, 1
         self.split_grid = across, self.tiling.splits, 1
         self.split_shape = *self.shape, self.tiling.splits, triton.cdiv(tiles, self.tiling.splits)
+        # fused multiply-adds are Triton's default up to 3.9, which warns that 3.10 will round products
+        self.options = {"num_warps": self.tiling.num_warps, "enable_fp_fusion": True}
         self.compiled: dict[Any, Any] = {}
 
     def parts(self, like: Tensor) -> tuple[Tensor, ...]:
@@ -102,7 +104,7 @@ class _Launcher:
         key = kernel.fn, *flags, *map(DTYPE, tensors)  # a JITFunction is slow to hash
         found = self.compiled.get(key)
         if found is None or unaligned or knobs.launch_enter_hook.calls:
-            compiled = kernel[grid](*tensors, *numbers, *flags, *self.constants, num_warps=self.tiling.num_warps)
+            compiled = kernel[grid](*tensors, *numbers, *flags, *self.constants, **self.options)
             if not unaligned and compiled is not None:  # the interpreter compiles nothing
                 self.compiled[key] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)
         else:

@@ -27,10 +27,10 @@ STAGES = tl.constexpr(3)
 
 @triton.jit
 def _offsets(row, channel, plane, channels, channels_last: tl.constexpr):
-    row = row.to(tl.int64)[:, None]
+    row = row[:, None]
     if channels_last:
-        return row * channels + channel[None, :]
-    return (row // plane * channels + channel[None, :]) * plane + row % plane
+        return row.to(tl.int64) * channels + channel[None, :]
+    return ((row // plane).to(tl.int64) * channels + channel[None, :]) * plane + row % plane  # divided as int32
 
 
 @triton.jit
