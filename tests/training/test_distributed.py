@@ -239,7 +239,8 @@ def assert_same_in_two_processes(dataset, settings, tmp_path, steps=30, falls_to
 
 
 def evaluate_jointly(dataset, alone):
-    os.fork = None  # beside Gloo's threads Python 3.11 forks with luck only
+    if sys.version_info < (3, 12):
+        os.fork = None  # beside Gloo's threads Python 3.11 forks with luck only
     for loader in ("dali", "eager"):
         for images, expected in alone.items():
             test = dataset.test.take(torch.arange(images).numpy())
