@@ -133,7 +133,7 @@ def fit(
         on_step: called after every step with its number in the run, from 1, and its loss, a scalar tensor on the
             device, which the next step may overwrite; to read it makes a GPU's host wait.
         on_epoch: called after every epoch, its evaluation and its checkpoint with the new row of history.csv, a dict.
-            What both take is not counted as training.
+            What both take is not in ``epoch_seconds``, but in the clock's phase "training".
         settings: the command's flags, with underscores; ``output_dir`` is the run's folder.
     """
     if distributed.launched() and int(os.environ["WORLD_SIZE"]) > 1:
