@@ -110,6 +110,20 @@ def test_the_median_time_to_a_target_has_an_interval_of_its_order_statistics():
     assert time_to_target(pd.Series([math.nan, math.nan, 1.0])) == "not reached; 1 of 3 reached it"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("joules", "many"), ("wall_seconds", "1"), ("selection_gain", [1]), ("target_accuracy", "high"),
+        ("test_evaluations", "x"), ("phase_seconds", 3), ("phase_seconds", {"training": "x"}), ("first_losses", ["x"]),
+    ],
+)  # fmt: skip
+def test_a_damaged_figure(name, value, command_line, runs):
+    amend(runs / "good-seed0", **{name: value})
+    assert f"good-seed0/summary.json: has no proper {name}; is it of another" in command_line.one_line(
+        *runs.glob("good-*")
+    )
+
+
 def test_bad_input(command_line, runs, tmp_path):
     assert "config.json: not readable" in command_line.one_line(tmp_path / "nowhere")
     write(tmp_path / "again", 90.0, 0)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from fastres.errors import UserError
+from fastres.fields import read_value
 from fastres.files import read_json
 from fastres.report.statistics import CONFIDENCE, Difference, difference
 from fastres.studies import FIRST_EPOCHS
@@ -22,12 +23,21 @@ SUMMARY: dict[Any, tuple[str, ...]] = {  # the part of summary.json that a repor
     str | None: ("commit",),
     bool: ("channels_last", "compile", "cuda_graphs", "fused"),
     int: ("num_classes", "train_images", "test_images", "epochs", "seed"),
-    int | float: (
+    float: (
         "best_accuracy", "last_accuracy", "test_loss", "epoch_seconds", "images_per_second", "train_seconds",
         "params_millions", "peak_memory_mb",
     ),
-    dict: ("per_class_accuracy", "versions"),
-    list: ("confusion_matrix",),
+    dict[str, Any]: ("per_class_accuracy", "versions"),
+    tuple[Any, ...]: ("confusion_matrix",),
+}  # fmt: skip
+OPTIONAL: dict[Any, tuple[str, ...]] = {  # what not every run has
+    float | None: (
+        "best_on_test_accuracy", "epochs_work", "joules", "last_test_loss", "mirrored_accuracy", "price",
+        "selection_gain", "share_of_limit", "target_accuracy", "target_seconds", "test_evaluations", "train_flop",
+        "wall_seconds",
+    ),
+    dict[str, float]: ("phase_seconds",),
+    tuple[float, ...]: ("first_losses",),
 }  # fmt: skip
 
 
@@ -179,10 +189,13 @@ def read_summary(folder: Path) -> dict[str, Any]:
     summary = decoded(read_json(path))
     if not isinstance(summary, dict):
         raise UserError(f"{path}: holds no summary")
-    for kind, names in SUMMARY.items():
-        for name in names:
-            if not isinstance(summary.get(name, ...), kind):
-                raise UserError(f"{path}: has no proper {name}; is it of another version of fastres?")
+    kinds = {name: kind for kind, names in SUMMARY.items() for name in names}
+    kinds |= {name: kind for kind, names in OPTIONAL.items() for name in names if name in summary}
+    for name, kind in kinds.items():
+        try:
+            read_value(summary.get(name, ...), kind, name)
+        except UserError as error:
+            raise UserError(f"{path}: has no proper {name}; is it of another version of fastres?") from error
     return summary
 
 
