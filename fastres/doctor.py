@@ -1,16 +1,14 @@
 """python -m fastres.doctor: what this machine has, and whether every fast part is right on it."""
 
-import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.table import Table
 
 from fastres.errors import RunError, UserError, first_line
 from fastres.flags import Parser, open_console, run_command
-from fastres.machine import device_name, versions
+from fastres.machine import device_name, free_memory, versions
 from fastres.ops.batch_norm_relu import extension_error
 from fastres.training.hardware import choose_amp, choose_device
 from fastres.training.selfcheck import CHECKS, check_all, close
@@ -90,11 +88,7 @@ def mixed(device: torch.device) -> tuple[bool, str]:
 
 def memory(device: torch.device) -> tuple[bool, str]:
     """Whether there is memory for a training, and how much is free."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] / 2**30
-    else:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free = next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")), math.inf)
+    free = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()) / 2**30
     mend = "" if free >= LITTLE_MEMORY else "; end other programs, or take a smaller --batch-size"
     return not mend, f"{free:.1f} GiB free{mend}"
 

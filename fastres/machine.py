@@ -33,8 +33,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's with the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     threads = torch.get_num_threads()
     return f"{next(names, platform.machine())}, {threads} thread{'s' * (threads > 1)}"
@@ -44,8 +43,13 @@ def peak_memory_mb(device: torch.device) -> float:
     """MiB that torch reserved on CUDA, CUDA graphs included; on a CPU, the process's peak resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def free_memory() -> int:
+    """Bytes of the host's memory that programs can still get, the cache of files included."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return next(2**10 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def versions() -> dict[str, str]:

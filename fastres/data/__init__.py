@@ -1,6 +1,5 @@
 """Datasets, the epoch plan, and the two loaders that apply it."""
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -14,6 +13,7 @@ from fastres.data.mixing import Batch, mixed
 from fastres.data.plan import EpochPlan, crop_padding
 from fastres.data.splits import CIFAR10_MEAN, CIFAR10_STD, IMAGE_SIZE, Split
 from fastres.errors import UserError, first_line
+from fastres.machine import free_memory
 
 DECODE = ("auto", "once", "every-epoch")  # when image files are decoded
 
@@ -145,7 +145,7 @@ def pixels_on_gpu(images: int, device: torch.device, size: int = IMAGE_SIZE) -> 
 
 def pixels_in_memory(images: int, size: int = IMAGE_SIZE) -> bool:
     """Whether the pixels of so many images take at most a quarter of the memory that the host has free."""
-    return 4 * _pixel_bytes(images, size) <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 4 * _pixel_bytes(images, size) <= free_memory()
 
 
 def _pixel_bytes(images: int, size: int) -> int:

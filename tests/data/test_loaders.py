@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image
 from torchvision.transforms import functional as F
 
-from fastres.data import choose_loader, create_loader
+from fastres.data import choose_loader, create_loader, pixels_in_memory
 from fastres.data.eager import mean_and_std
 from fastres.data.image_folder import decode_image, folder
 from fastres.data.plan import EpochPlan, evaluation_plan, resized, training_plan
@@ -490,6 +490,12 @@ def test_dali_gives_channels_last(arrays):
     images, labels = next(iter(loader.epoch(0)))
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+
+
+def test_pixels_stay_in_memory_up_to_a_quarter_of_what_is_free(monkeypatch):
+    monkeypatch.setattr("fastres.data.free_memory", lambda: 4 * 10 * 3 * 40 * 40)
+    assert pixels_in_memory(10)
+    assert not pixels_in_memory(11)
 
 
 def test_without_dali_the_choice_is_said(monkeypatch):
