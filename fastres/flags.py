@@ -67,11 +67,11 @@ def add_flags(
         )
 
 
-def in_words(default: Any) -> str:
-    """A field's default as help shows it."""
-    if isinstance(default, tuple):
-        return ",".join(map(str, default)) or "none"
-    return {"None": "auto", "True": "on", "False": "off"}.get(str(default), str(default))
+def in_words(value: Any) -> str:
+    """A field's value as help and reports show it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return {"None": "auto", "True": "on", "False": "off"}.get(str(value), str(value))
 
 
 class PlainConsole(Console):

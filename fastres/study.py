@@ -23,10 +23,10 @@ from rich.progress import (
 from fastres.config import TrainConfig
 from fastres.errors import UserError
 from fastres.files import claimed, read_json, write_json
-from fastres.flags import Parser, add_flags, open_console, run_command
+from fastres.flags import Parser, add_flags, in_words, open_console, run_command
 from fastres.models import register_model
 from fastres.report.results import read_results
-from fastres.report.study import decision_line, decisions, write_report
+from fastres.report.study import decisions, write_report
 from fastres.studies import list_studies, load_study
 from fastres.studies.estimate import print_estimate
 from fastres.studies.execute import Executor, copy_run, places, reusable, share_gpus
@@ -105,7 +105,7 @@ def settled(folder: Path, config: StudyConfig, seeds: list[int], seconds: float,
     assert config.decide
     found = decisions(read_results(folder, read_json(folder / "study.json")), config.decide)
     for decision in found:
-        console.print(decision_line(decision))
+        console.print(decision.line)
     if all(decision.decided for decision in found):
         return True
     if len(seeds) >= config.max_seeds:
@@ -175,7 +175,7 @@ def describe(planner: Planner, planned: list[PlannedRun], seeds: Sequence[int], 
         "jobs": config.jobs,
         "report_seconds": config.report_seconds and not share_gpus(config.jobs, planned[0].config.device),
         "decide": config.decide,
-        "overrides": {name.replace("_", "-"): str(value) for name, value in overrides.items()},
+        "overrides": {name.replace("_", "-"): in_words(value) for name, value in overrides.items()},
         "runs": runs,
         "conjectures": [
             {

@@ -168,6 +168,11 @@ def test_an_ablation(command_line, flags, study_file, tmp_path, monkeypatch):
     ]
 
 
+def test_a_file_named_like_a_built_in_study_can_include_its_runs(tmp_path):
+    (tmp_path / "architecture.toml").write_text('include = ["architecture/vgg16"]')
+    assert [run.name for run in load_study(str(tmp_path / "architecture.toml")).runs] == ["vgg16"]
+
+
 def test_all_tricks_are_the_fast_recipe():
     _, whole = load_study("tricks").runs
     settings = over_recipe({"recipe": "fast", "model": "vgg16"}) | {"dataset": "mini-cifar10", "epochs": 3}
@@ -599,8 +604,10 @@ after = ["high", "low"]
 def test_all_parts_of_a_file_come_to_study_json(study_file, arrays, tmp_path):
     study_file.write_text(TINY.replace("[flags]", PARTS))
     config = StudyConfig(eager_cost=False)
-    planner = Planner(load_study(str(study_file)), config, {}, tmp_path, lambda *_: (arrays, "arrays"))
+    given = {"classes": ("dark", "bright"), "amp": "off", "fused": False}
+    planner = Planner(load_study(str(study_file)), config, given, tmp_path, lambda *_: (arrays, "arrays"))
     described = json.loads(json.dumps(study.describe(planner, planner.plan([0]), [0], "today")))
+    assert described["overrides"] == {"classes": "dark,bright", "amp": "off", "fused": "off"}
     assert described["notes"] == ["One rate is high."]
     assert described["repeated"] == {"best_accuracy": [75.25, 80]}
     assert described["phases"] == [{"label": "late", "epochs": [2, 3]}]

@@ -110,9 +110,6 @@ def _difference(image: torch.Tensor, planned: _PlannedImages, i: int, tolerance:
 
 def _is_linear(image: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
     """Whether each channel of ``image`` is that of ``expected``, scaled and shifted."""
-    for ours, theirs in zip(image.flatten(1), expected.flatten(1), strict=True):
-        basis = torch.stack([theirs, torch.ones_like(theirs)], 1).double()
-        fit = basis @ torch.linalg.lstsq(basis, ours[:, None].double()).solution
-        if not (fit[:, 0] - ours).abs().max() <= tolerance:
-            return False
-    return True
+    ours, theirs = (channels.flatten(1)[..., None].double() for channels in (image, expected))
+    basis = torch.cat([theirs, torch.ones_like(theirs)], 2)
+    return _close(basis @ torch.linalg.lstsq(basis, ours).solution, ours, tolerance)

@@ -70,7 +70,7 @@ class EagerLoader(PlanLoader):
 def _context() -> multiprocessing.context.BaseContext:
     """The start method of workers. In a job under CPython 3.11 it is a fork server: a fork would hang if one of Gloo's
     threads held the lock of the interpreter's list of threads at that moment; 3.12 renews the lock in the child."""
-    if sys.version_info >= (3, 12) or not (dist.is_available() and dist.is_initialized()):
+    if sys.version_info >= (3, 12) or not dist.is_initialized():
         return multiprocessing.get_context()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

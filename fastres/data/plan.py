@@ -91,17 +91,14 @@ def crop_padding(size: int) -> int:
 
 
 def draw_crop(rng: np.random.Generator, num_images: int, size: int) -> np.ndarray:
-    """The plan's column ``crop``."""
     return rng.integers(-crop_padding(size), crop_padding(size) + 1, (num_images, 2), np.int32)
 
 
 def draw_flip(rng: np.random.Generator, num_images: int, size: int) -> np.ndarray:
-    """The plan's column ``flip``."""
     return rng.integers(0, 2, num_images, np.int32)
 
 
 def draw_cutout(rng: np.random.Generator, num_images: int, size: int) -> np.ndarray:
-    """The plan's column ``cutout``."""
     return clipped(rng.integers(0, size, (num_images, 2)), size // 2, size)
 
 
@@ -112,7 +109,6 @@ def clipped(centre: np.ndarray, side: Any, size: int) -> np.ndarray:
 
 
 def draw_erasing(rng: np.random.Generator, num_images: int, size: int) -> np.ndarray:
-    """The plan's column ``erasing``."""
     boxes = np.zeros((num_images, 4), np.float32)
     flattest, tallest = np.log(ERASING_ASPECT)
     rows = np.flatnonzero(rng.random(num_images) < ERASING_PROBABILITY)
@@ -128,12 +124,10 @@ def draw_erasing(rng: np.random.Generator, num_images: int, size: int) -> np.nda
 
 
 def draw_mixup(rng: np.random.Generator, num_images: int, size: int) -> np.ndarray:
-    """The plan's column ``mixup``."""
     return rng.random(num_images, np.float32)
 
 
 def draw_cutmix(rng: np.random.Generator, num_images: int, size: int) -> np.ndarray:
-    """The plan's column ``cutmix``."""
     side = 2 * (size / 2 * np.sqrt(rng.random((num_images, 1)))).astype(int)
     centre = rng.integers(0, size, (num_images, 2))
     return clipped(centre, side, size) * (rng.random((num_images, 1), np.float32) < CUTMIX_PROBABILITY)
@@ -177,6 +171,8 @@ def canonical_augmentation(augmentation: str) -> str:
 
 def with_steps(augmentation: str, steps: str) -> str:
     """``augmentation`` with ``steps``, which replace their alternatives in it."""
+    if steps == "none":
+        return steps
     added = canonical_augmentation(steps).split("-")
     replaced = {step for pair in ALTERNATIVES if pair & set(added) for step in pair} | {*added, "none"}
     return canonical_augmentation(

@@ -60,15 +60,13 @@ class Group(NamedTuple):
 
 def read_groups(folders: Sequence[Path]) -> list[Group]:
     """The groups of the runs in ``folders``, in the order of their first runs."""
-    found: dict[str, list[Path]] = {}
-    settings: dict[str, dict[str, Any]] = {}
+    found: dict[str, tuple[dict[str, Any], list[Path]]] = {}
     for folder in folders:
-        own = read_settings(folder)
-        key = str({name: value for name, value in own.items() if name not in PLACES})
-        found.setdefault(key, []).append(folder)
-        settings.setdefault(key, own)
+        settings = read_settings(folder)
+        key = str({name: value for name, value in settings.items() if name not in PLACES})
+        found.setdefault(key, (settings, []))[1].append(folder)
     groups = []
-    for key, members in found.items():
+    for settings, members in found.values():
         label = re.sub(r"-seed\d+$", "", members[0].resolve().name)
         try:
             results = Results.read(label, label, members)
@@ -78,7 +76,7 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
             raise UserError(
                 f"{', '.join(map(str, members))}: two runs with the same settings and seed; name one of them"
             )
-        groups.append(Group(results, settings[key]))
+        groups.append(Group(results, settings))
     labels = [group.results.label for group in groups]
     if len(set(labels)) < len(labels):
         raise UserError(f"two groups are called {max(labels, key=labels.count)}; rename the folders of one")

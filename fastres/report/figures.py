@@ -68,9 +68,10 @@ def curves(results: list[Results], note: str = "") -> Figure:
     accuracy, loss = figure.subplots(1, 2)
     handles = []
     for color, result in zip(cycle(COLORS), results, strict=False):
+        history, epochs = result.history, result.history.index + 1
         for axes, metric in ((accuracy, "accuracy"), (loss, "loss")):
-            over_seeds(axes, result, f"test_{metric}", color)
-            over_seeds(axes, result, f"train_{metric}", color, alpha=0.45, linestyle="--", linewidth=1)
+            over_seeds(axes, epochs, history[f"test_{metric}"], color)
+            over_seeds(axes, epochs, history[f"train_{metric}"], color, alpha=0.45, linestyle="--", linewidth=1)
         handles.append(Line2D([], [], color=color, label=result.label))
         if "best_accuracy" in result.published:
             published = result.published["best_accuracy"]
@@ -90,12 +91,12 @@ def curves(results: list[Results], note: str = "") -> Figure:
     return figure
 
 
-def over_seeds(axes: Axes, result: Results, column: str, color: str, **style: Any) -> None:
-    values, epochs = result.history[column], result.history.index + 1
-    marker = "o" if len(epochs) <= FEW_EPOCHS else ""
-    axes.plot(epochs, values.mean(axis=1), color=color, marker=marker, markersize=3, **style)
-    if len(result.summaries) > 1:
-        axes.fill_between(epochs, values.min(axis=1), values.max(axis=1), color=color, alpha=0.12, linewidth=0)
+def over_seeds(axes: Axes, x: Any, values: pd.DataFrame, color: str, **style: Any) -> None:
+    """``values``, a column for each seed: their mean, from the lowest to the highest shaded."""
+    marker = "o" if len(x) <= FEW_EPOCHS else ""
+    axes.plot(x, values.mean(axis=1), color=color, marker=marker, markersize=3, **style)
+    if values.shape[1] > 1:
+        axes.fill_between(x, values.min(axis=1), values.max(axis=1), color=color, alpha=0.12, linewidth=0)
 
 
 def pareto(results: list[Results], note: str = "") -> Figure:
@@ -108,14 +109,8 @@ def pareto(results: list[Results], note: str = "") -> Figure:
     for color, result in zip(cycle(COLORS), results, strict=False):
         seconds = result.history["epoch_seconds"].cumsum().mean(axis=1)
         accuracies = result.history["test_accuracy"]
-        accuracy = accuracies.mean(axis=1)
-        style: dict[str, Any] = {"marker": "o" if len(seconds) <= FEW_EPOCHS else "", "markersize": 3, "linewidth": 0.8}
-        axes.plot(seconds, accuracy, color=color, label=result.label, alpha=0.7, **style)
-        if len(result.summaries) > 1:
-            axes.fill_between(
-                seconds, accuracies.min(axis=1), accuracies.max(axis=1), color=color, alpha=0.12, linewidth=0
-            )
-        means.append(accuracy.set_axis(seconds))
+        over_seeds(axes, seconds, accuracies, color, label=result.label, alpha=0.7, linewidth=0.8)
+        means.append(accuracies.mean(axis=1).set_axis(seconds))
     front = pd.concat(means).sort_index().cummax()
     axes.step(front.index, front, where="post", color="0.2", linewidth=1.6, alpha=0.6, label="Pareto front", zorder=0)
     axes.set(xlabel="seconds of training, evaluation not counted", ylabel="test accuracy, %", xscale="log")

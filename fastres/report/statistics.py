@@ -123,9 +123,6 @@ def more_seeds(changes: pd.Series, margin: float, error_rate: float) -> int | No
 
     None if there are too few to know, or if it is more than MOST_SEEDS.
     """
-    if len(changes) > 1:
-        mean, deviation = changes.mean(), changes.std()
-        for n in range(len(changes), MOST_SEEDS):
-            if decided(_anytime_interval(n, mean, deviation, error_rate), margin):
-                return n - len(changes)
-    return None
+    seeds, mean, deviation = len(changes), changes.mean(), changes.std()
+    enough = (n for n in range(seeds, MOST_SEEDS) if decided(_anytime_interval(n, mean, deviation, error_rate), margin))
+    return next((n - seeds for n in enough), None)

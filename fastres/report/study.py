@@ -76,7 +76,7 @@ def report(study: dict[str, Any], results: list[Results], figures: dict[str, str
         time_table=time_table(results, price_per_hour),
         phases_table=phases_table(results),
         first_to={target: first_to(results, target) for target in TARGETS},
-        decisions=map(decision_line, decisions(results, study["decide"])) if study.get("decide") else (),
+        decisions=decisions(results, study["decide"]) if study.get("decide") else (),
         growth=growth,
         verdict=verdict,
         CONFIDENCE=CONFIDENCE,
@@ -124,15 +124,10 @@ def verdict(expect: str, found: Difference, constant: bool = False, margin: floa
 
 
 class Decision(NamedTuple):
-    """Of a run against the first of the study: the difference of their accuracies at the last epoch, in points, and its
-    verdict. ``more``: about how many seeds are missing to one; None if it has one, or beyond MOST_SEEDS."""
+    """Of a run against the first of the study: a line with the difference of their accuracies and its verdict."""
 
-    first: str
-    other: str
-    interval: Difference
+    line: str
     decided: bool
-    verdict: str
-    more: int | None
 
 
 def decisions(results: list[Results], margin: float) -> list[Decision]:
@@ -146,25 +141,20 @@ def decisions(results: list[Results], margin: float) -> list[Decision]:
     for other in others:
         changes = (other.figures["last_accuracy"] - first.figures["last_accuracy"]).dropna()
         rate = (1 - CONFIDENCE) / len(others)
-        interval, more = anytime_interval(changes, rate), None
+        interval, seeds = anytime_interval(changes, rate), len(changes)
         done = decided(interval, margin)
         if not done:
-            more = more_seeds(changes, margin, rate)
             verdict = "not decided"
-            if interval.pairs > 1:
+            if seeds > 1:
+                more = more_seeds(changes, margin, rate)
                 verdict += f"; it would take {f'about {more}' if more else f'over {MOST_SEEDS:,}'} more seeds"
         elif abs(interval.value) < margin:
             verdict = f"the same within {margin:g} points"
         else:
             verdict = f"{'higher' if interval.value > 0 else 'lower'} by more than {margin:g} points"
-        found.append(Decision(first.label, other.label, interval, done, verdict, more))
+        after = f"{interval.text()} points after {seeds} seed{'s' * (seeds > 1)}"
+        found.append(Decision(f"{other.label} minus {first.label}: {after}: {verdict}", done))
     return found
-
-
-def decision_line(decision: Decision) -> str:
-    found, seeds = decision.interval.text(), decision.interval.pairs
-    after = f"{seeds} seed{'s' * (seeds > 1)}"
-    return f"{decision.other} minus {decision.first}: {found} points after {after}: {decision.verdict}"
 
 
 def accuracy_table(results: list[Results]) -> str:

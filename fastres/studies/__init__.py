@@ -196,7 +196,7 @@ def build(name: str, file: StudyFile, ablate: bool = False) -> Study:
     """The study called ``name`` from the content of its file."""
     shared = read_flags("flags", file.flags)
     own = definitions("runs", file.runs)
-    runs = [included(name, item) for item in file.include] + [replace(run, flags=shared | run.flags) for run in own]
+    runs = [included(item) for item in file.include] + [replace(run, flags=shared | run.flags) for run in own]
     if not runs:
         raise UserError("no runs; add a table [runs.NAME] with flags = { ... }")
     if file.variants:
@@ -260,10 +260,10 @@ def read_flags(where: str, values: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def included(name: str, item: str) -> RunDefinition:
-    """The run STUDY/RUN of a built-in study, for the study called ``name``."""
+def included(item: str) -> RunDefinition:
+    """The run STUDY/RUN of a built-in study."""
     study, _, run = item.partition("/")
-    if study not in list_studies() or study == name:
+    if study not in list_studies():
         raise UserError(f"include {item}: must be STUDY/RUN of {', '.join(list_studies())}")
     known = {definition.name: definition for definition in load_study(study).runs}
     if run not in known:

@@ -5,7 +5,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def snapshot(
         "history": history,
         "seconds": seconds,
         "steps_per_epoch": trainer.steps_per_epoch,
-        "epoch": epoch and epoch.state_dict(),
+        "epoch": epoch and asdict(epoch),
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict()["state"],  # the run's settings have the rest
         "scaler": trainer.scaler.state_dict(),
@@ -122,8 +122,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             return state
     except Exception:  # torch.load raises whatever zipfile and its unpickler raise
         pass
-    if isinstance(found, str) and found.startswith("fastres checkpoint ") and found < FORMAT:
-        raise UserError(f"--resume {path}: written by an older version of fastres; go on with that one, or train again")
+    if isinstance(found, str) and found.startswith("fastres checkpoint ") and found != FORMAT:
+        raise UserError(f"--resume {path}: written by another version of fastres; go on with that one, or train again")
     raise UserError(f"--resume {path}: not a checkpoint of fastres, or damaged; give a run's folder or its last.pt")
 
 

@@ -50,11 +50,7 @@ class Clock:
 
 
 def process_age() -> float:
-    """Seconds since this process was started, to 10 ms; 0 where there is no /proc."""
-    stat = Path("/proc/self/stat")
-    if not stat.exists():
-        return 0.0
-    started = int(stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]) / os.sysconf(
-        "SC_CLK_TCK"
-    )  # after boot
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    """Seconds since this process was started, to 10 ms."""
+    stat = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
+    ticks = int(stat.rpartition(")")[2].split()[19])  # after boot
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

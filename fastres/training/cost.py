@@ -26,11 +26,12 @@ from fastres.training.trainer import AMP_DTYPES, explain_out_of_memory
 MEASURED_FLOP = {"cpu": 1e14, "cuda": 1e16}
 
 
-def flop_an_image(config: TrainConfig, num_classes: int, size: int) -> float:
-    """Floating-point operations of training on an image of ``size`` pixels a side: three times those of a forward pass
-    (forward, gradient of the input, gradient of the weight), of convolutions and linear layers; a multiply-add is
-    two."""
-    return 3 * 2 * forward_macs(create_to_count(config.model, num_classes, False, config.image_size), size)
+def flop_an_image(config: TrainConfig, num_classes: int) -> dict[int, float]:
+    """Floating-point operations of training on an image, by its size: three times those of a forward pass (forward,
+    gradient of the input, gradient of the weight), of convolutions and linear layers; a multiply-add is two."""
+    model = create_to_count(config.model, num_classes, False, config.image_size)
+    sizes = image_sizes(config.image_size_schedule, config.image_size)
+    return {size: 3 * 2 * forward_macs(model, size) for size, _ in sizes}
 
 
 def describe_model(config: TrainConfig, num_classes: int) -> str:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 def launched() -> bool:
     """Whether torchrun started this process."""
-    return dist.is_available() and dist.is_torchelastic_launched()
+    return dist.is_torchelastic_launched()
 
 
 def refuse(parser: ArgumentParser) -> None:

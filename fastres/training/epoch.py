@@ -1,6 +1,6 @@
 """The results of an epoch of training and of an evaluation."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,9 +40,6 @@ class Epoch:
             correct=torch.zeros((), dtype=torch.int64, device=device),
             finite_steps=torch.zeros((), dtype=torch.int64, device=device),
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> "Epoch":

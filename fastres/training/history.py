@@ -1,6 +1,5 @@
 """The history of a run: a row of figures for each epoch."""
 
-from itertools import accumulate
 from typing import Any
 
 Row = dict[str, Any]
@@ -25,11 +24,6 @@ def best_row(history: list[Row]) -> Row:
 def target_row(history: list[Row], target: float | None) -> Row | None:
     """The first epoch whose ``selection_accuracy`` is ``target`` or more."""
     return next((row for row in history if target is not None and selection_accuracy(row) >= target), None)
-
-
-def cumulative_seconds(history: list[Row]) -> list[float]:
-    """Seconds of training up to the end of each epoch."""
-    return list(accumulate(row["epoch_seconds"] for row in history))
 
 
 def check_history(history: Any, validated: bool) -> None:

@@ -16,7 +16,7 @@ import torch
 from fastres.config import TrainConfig
 from fastres.data import Loader, create_loader
 from fastres.data.plan import EpochPlan, evaluation_plan, resized, training_plan
-from fastres.data.sizes import image_sizes, size_of_steps, steps_of_sizes
+from fastres.data.sizes import size_of_steps, steps_of_sizes
 from fastres.data.splits import Dataset, Split
 from fastres.errors import Interrupted, RunError, UserError
 from fastres.fields import as_json
@@ -140,10 +140,7 @@ class Run:
 
     @cached_property
     def flop_an_image(self) -> dict[int, float]:
-        """Floating-point operations of training on an image, by its size."""
-        config, classes = self.config, len(self.dataset.classes)
-        sizes = image_sizes(config.image_size_schedule, config.image_size)
-        return {size: flop_an_image(config, classes, size) for size, _ in sizes}
+        return flop_an_image(self.config, len(self.dataset.classes))
 
     @cached_property
     def train_loader(self) -> Loader:

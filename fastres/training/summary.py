@@ -1,6 +1,7 @@
 """summary.json: what a finished run reached, what it cost, and where."""
 
 from dataclasses import asdict
+from itertools import accumulate
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ from fastres.config import ENGINE
 from fastres.machine import device_name, peak_memory_mb, provenance
 from fastres.training import distributed
 from fastres.training.cost import share_of_limit
-from fastres.training.history import best_row, cumulative_seconds, target_row
+from fastres.training.history import best_row, target_row
 
 if TYPE_CHECKING:
     from fastres.training.run import Run
@@ -18,7 +19,7 @@ def summarize(run: "Run") -> dict[str, Any]:
     """The summary of a finished ``run``. A collective call, which evaluates the selected weights again."""
     config, trainer, history = run.config, run.trainer, run.history
     best, last, reached = best_row(history), history[-1], target_row(history, config.target_accuracy)
-    seconds = cumulative_seconds(history)
+    seconds = list(accumulate(row["epoch_seconds"] for row in history))  # up to the end of each epoch
     speed = median(row["images_per_second"] for row in history)
     flop, classes = run.flop(len(history)), run.dataset.classes
     epoch_flop = run.images_per_epoch * run.flop_an_image[config.image_size]
@@ -72,7 +73,7 @@ def summarize(run: "Run") -> dict[str, Any]:
         "machine_rates": [asdict(rates) for rates in run.rates],
         "share_of_limit": limit,
         "joules": run.joules,
-        "first_losses": trainer.first_losses,
+        "first_losses": [loss.item() for loss in trainer.losses],
         "peak_memory_mb": peak_memory,
         "device": device_name(trainer.device),
         "world_size": distributed.world_size(),

@@ -97,7 +97,7 @@ class Trainer:
             self.forward = with_cast_weights(self.model, AMP_DTYPES[config.amp])
         self.replays: dict[torch.Size, Step] = {}  # the step as a CUDA graph, for batches of a shape
         self.loss = torch.zeros((), device=device)  # of the last step; a graph's next replay overwrites it
-        self.losses: list[torch.Tensor] = []  # of the first steps of the run
+        self.losses: list[torch.Tensor] = []  # of the run's first steps, on this process's shards of the batches
         self.waits: list[tuple[Mark, Mark]] = []  # start and end of each wait for a batch since the last settle
         with explain_out_of_memory("--model", config.model):
             self.optimizer = create_optimizer(self.model, config, device)
@@ -182,11 +182,6 @@ class Trainer:
             start, asked = time.perf_counter(), self._mark()
         epoch.seconds += time.perf_counter() - start
         self.settle(epoch)
-
-    @property
-    def first_losses(self) -> list[float]:
-        """The losses of the run's first steps, as far as this process trained them, on its shards of the batches."""
-        return [loss.item() for loss in self.losses]
 
     def settle(self, epoch: Epoch) -> None:
         """Synchronises (counted as training time), then adds the data wait to ``epoch``."""

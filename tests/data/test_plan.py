@@ -212,6 +212,7 @@ def test_shards_make_up_the_plan_batch_by_batch(images, processes, per_process, 
         ("none", "reflectcrop", "reflectcrop"),
         ("crop-flip", "altflip-reflectcrop", "reflectcrop-altflip"),
         ("crop-flip", "crop", "crop-flip"),
+        ("crop-flip", "none", "none"),
     ],
 )
 def test_steps_replace_their_alternatives(augmentation, steps, both):

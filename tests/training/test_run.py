@@ -79,7 +79,7 @@ def test_what_a_run_leaves(command, finished, arrays):
     assert summary["data_wait_fraction"] == pytest.approx(wait)
     (right_dark, _), (_, right_bright) = summary["confusion_matrix"]
     assert summary["per_class_accuracy"] == {"dark": 10 * right_dark, "bright": 10 * right_bright}
-    assert summary["train_flop"] == 3 * 60 * flop_an_image(run.config, 2, 32)
+    assert summary["train_flop"] == 3 * 60 * flop_an_image(run.config, 2)[32]
     assert summary["epochs_work"] == 3
     assert summary["train_flop_per_second"] == summary["train_flop"] / summary["train_seconds"]
     assert summary["machine_rates"] == []  # a short run
@@ -128,10 +128,11 @@ def test_smaller_images_first(loader, arrays, tmp_path, monkeypatch):
     shown = [images.size(3) for epoch in range(3) for images, _ in run.train_loader.epoch(epoch)]
     assert shown == [12] * 4 + [24] * 2 + [32] * 3  # of 9 steps
     summary = run.fit()
-    flop = sum(20 * flop_an_image(run.config, 2, size) for size in shown)
+    by_size = flop_an_image(run.config, 2)
+    flop = sum(20 * by_size[size] for size in shown)
     assert summary["train_flop"] == pytest.approx(flop)
-    assert summary["epochs_work"] == pytest.approx(flop / (60 * flop_an_image(run.config, 2, 32)))
-    assert flop_an_image(run.config, 2, 12) < 0.2 * flop_an_image(run.config, 2, 32)
+    assert summary["epochs_work"] == pytest.approx(flop / (60 * by_size[32]))
+    assert by_size[12] < 0.2 * by_size[32]
     assert run.config.image_size_schedule == "12:0.45,24:0.7"
 
 
